@@ -1,0 +1,373 @@
+"""The gradient of every operator, written once and used twice.
+
+``torch.library.register_autograd`` gets the formulas, so that the operators differentiate on their own and under torch.compile. Eager
+calls go through an ``autograd.Function`` with the same formulas (:func:`differentiable`): that costs a third less
+time on the host than a registered formula, which is what counts for small tensors.
+
+A formula runs the fused backward operator. Where a graph of the gradient is asked for (double backward), it runs the reference
+instead, whose torch operations autograd follows; the statistics are then made again from the input, for they depend on it.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import layout, reference
+
+_LIBRARY = torch.ops.resnet_fused
+
+
+def _excluded_keys():
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
+    for name in ("AutogradOther", "AutogradNestedTensor", "AutocastCPU", "AutocastCUDA"):
+        keys = keys | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name))
+    return keys
+
+
+_ABOVE_KERNELS = _excluded_keys()
+
+
+def below_autograd():
+    """A context in which an operator goes straight to its kernel, past autograd and autocast."""
+    return torch._C._ExcludeDispatchKeyGuard(_ABOVE_KERNELS)
+
+
+def _restored(saved: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """A saved tensor in the layout its mask was written for: saved-tensor hooks such as ``save_on_cpu`` may change it."""
+    return saved.contiguous(memory_format=memory_format)
+
+
+class _Formula:
+    """What one operator saves for its backward (``save``) and how its gradient follows from that (``backward``)."""
+
+    def __init__(self, name: str, save: Callable, backward: Callable, differentiable_outputs: int = 1):
+        self.name = name
+        self.op = getattr(_LIBRARY, name).default
+        self._save = save
+        self._backward = backward
+        self._differentiable_outputs = differentiable_outputs
+
+    def setup_context(self, ctx, inputs, output) -> None:
+        ctx.mark_non_differentiable(*output[self._differentiable_outputs :])
+        ctx.set_materialize_grads(False)
+        ctx.memory_format = layout.suggest_memory_format(inputs[0])
+        self._save(ctx, inputs, output)
+
+    def backward(self, ctx, grad_output, *_):
+        if grad_output is None:
+            return (None,) * len(ctx.needs_input_grad)
+        return self._backward(ctx, grad_output)
+
+    def function(self) -> type[torch.autograd.Function]:
+        def forward(ctx, *inputs):
+            with below_autograd():
+                output = self.op(*inputs)
+            self.setup_context(ctx, inputs, output)
+            return output
+
+        members = {"forward": staticmethod(forward), "backward": staticmethod(self.backward)}
+        return type(self.name, (torch.autograd.Function,), members)
+
+
+def _backward_op(name: str, *arguments):
+    """The fused operator, or the reference where a graph of the gradient is asked for."""
+    if torch.is_grad_enabled():
+        return getattr(reference, name)(*arguments)
+    if torch.compiler.is_compiling():
+        return getattr(_LIBRARY, name).default(*arguments)
+    with below_autograd():
+        return getattr(_LIBRARY, name).default(*arguments)
+
+
+def _batch_statistics(input: Tensor, eps: float, mean: Tensor, invstd: Tensor):
+    """The saved statistics, or, for double backward, the same as functions of the input."""
+    if not torch.is_grad_enabled():
+        return mean, invstd
+    mean, var = reference.batch_norm_statistics(input)
+    return mean, (var + eps).rsqrt()
+
+
+def _residual_gradient(relu: bool, needed: bool, grad_output: Tensor, grad_residual: Tensor):
+    """Without a ReLU the gradient passes to the residual as it is, and no operator writes it again."""
+    if not needed:
+        return None
+    return grad_residual if relu else grad_output
+
+
+# relu(batch_norm(input) + residual), batch statistics --------------------------------------------------------------------
+
+
+def _save_train(ctx, inputs, output):
+    input, weight, bias, residual, eps, relu, _ = inputs
+    _, mean, _, invstd, mask = output
+    ctx.masked = relu and residual is not None
+    ctx.relu, ctx.eps = relu, eps
+    ctx.save_for_backward(input, weight, None if ctx.masked else bias, mean, invstd, mask if ctx.masked else None)
+
+
+def _backward_train(ctx, grad_output):
+    input, weight, bias, mean, invstd, mask = ctx.saved_tensors
+    needs_input, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
+    input = _restored(input, ctx.memory_format)
+    mean, invstd = _batch_statistics(input, ctx.eps, mean, invstd)
+    grad_input, grad_residual, grad_weight, grad_bias = _backward_op(
+        "batch_norm_add_relu_train_backward",
+        grad_output,
+        input,
+        weight,
+        bias if mask is None else weight,  # with a mask only its dtype counts
+        mean,
+        invstd,
+        mask,
+        ctx.relu,
+        needs_input,
+        needs_residual and ctx.relu,
+        needs_weight,
+        needs_bias,
+    )
+    return (
+        grad_input if needs_input else None,
+        grad_weight if needs_weight else None,
+        grad_bias if needs_bias else None,
+        _residual_gradient(ctx.relu, needs_residual, grad_output, grad_residual),
+        None,
+        None,
+        None,
+    )
+
+
+# the same, running statistics ------------------------------------------------------------------------------------------
+
+
+def _save_eval(ctx, inputs, output):
+    input, weight, bias, residual, running_mean, running_var, eps, relu, _ = inputs
+    ctx.masked = relu and residual is not None
+    ctx.relu, ctx.eps = relu, eps
+    mask = output[1] if ctx.masked else None
+    ctx.save_for_backward(input, weight, None if ctx.masked else bias, running_mean, running_var, mask)
+
+
+def _backward_eval(ctx, grad_output):
+    input, weight, bias, running_mean, running_var, mask = ctx.saved_tensors
+    needs_input, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
+    grad_input, grad_residual, grad_weight, grad_bias = _backward_op(
+        "batch_norm_add_relu_eval_backward",
+        grad_output,
+        _restored(input, ctx.memory_format),
+        weight,
+        bias if mask is None else weight,  # with a mask only its dtype counts
+        running_mean,
+        running_var,
+        mask,
+        ctx.eps,
+        ctx.relu,
+        needs_input,
+        needs_residual and ctx.relu,
+        needs_weight,
+        needs_bias,
+    )
+    return (
+        grad_input if needs_input else None,
+        grad_weight if needs_weight else None,
+        grad_bias if needs_bias else None,
+        _residual_gradient(ctx.relu, needs_residual, grad_output, grad_residual),
+        *[None] * 5,
+    )
+
+
+# the same, statistics given (SyncBatchNorm's apply) ----------------------------------------------------------------------
+
+
+def _save_apply(ctx, inputs, output):
+    input, weight, bias, residual, mean, invstd, relu, _ = inputs
+    ctx.masked = relu and residual is not None
+    ctx.relu = relu
+    ctx.save_for_backward(input, weight, bias, mean, invstd, output[1] if ctx.masked else None)
+
+
+def _backward_apply(ctx, grad_output):
+    """Statistics are inputs of their own here: SyncBatchNorm, which made them from its input, has a backward of its own."""
+    input, weight, bias, mean, invstd, mask = ctx.saved_tensors
+    needs_input, needs_weight, needs_bias, needs_residual, needs_mean, needs_invstd = ctx.needs_input_grad[:6]
+    input = _restored(input, ctx.memory_format)
+    with torch.set_grad_enabled(torch.is_grad_enabled()):
+        zeros = torch.zeros_like(invstd)
+        common = (grad_output, input, weight, bias, mean, invstd, mask)
+        grad_input, grad_residual = _backward_op(
+            "batch_norm_add_relu_backward_apply",
+            *common,
+            zeros,
+            zeros,
+            ctx.relu,
+            needs_input,
+            needs_residual and ctx.relu,
+        )
+        sum_grad, sum_grad_xmu = _backward_op("batch_norm_add_relu_backward_reduce", *common, ctx.relu)
+        scale = 1.0 if weight is None else weight
+        return (
+            grad_input if needs_input else None,
+            sum_grad_xmu * invstd if needs_weight else None,
+            sum_grad if needs_bias else None,
+            _residual_gradient(ctx.relu, needs_residual, grad_output, grad_residual),
+            -sum_grad * invstd * scale if needs_mean else None,
+            sum_grad_xmu * scale if needs_invstd else None,
+            None,
+            None,
+        )
+
+
+# relu(batch_norm(input) + batch_norm(input2)) ------------------------------------------------------------------------------
+
+
+def _save_dual_train(ctx, inputs, output):
+    input, weight, _, input2, weight2, _, eps, eps2, relu, _ = inputs
+    _, mean, _, invstd, mean2, _, invstd2, mask = output
+    ctx.relu, ctx.eps, ctx.eps2 = relu, eps, eps2
+    ctx.save_for_backward(input, weight, mean, invstd, input2, weight2, mean2, invstd2, mask if relu else None)
+
+
+def _backward_dual_train(ctx, grad_output):
+    input, weight, mean, invstd, input2, weight2, mean2, invstd2, mask = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:6]
+    input, input2 = (_restored(saved, ctx.memory_format) for saved in (input, input2))
+    mean, invstd = _batch_statistics(input, ctx.eps, mean, invstd)
+    mean2, invstd2 = _batch_statistics(input2, ctx.eps2, mean2, invstd2)
+    gradients = _backward_op(
+        "dual_batch_norm_add_relu_train_backward",
+        grad_output,
+        input,
+        weight,
+        mean,
+        invstd,
+        input2,
+        weight2,
+        mean2,
+        invstd2,
+        mask,
+        ctx.relu,
+        *needs,
+    )
+    return *[g if needed else None for g, needed in zip(gradients, needs, strict=True)], *[None] * 4
+
+
+def _save_dual_eval(ctx, inputs, output):
+    input, weight, _, mean, var, input2, weight2, _, mean2, var2, eps, eps2, relu, _ = inputs
+    ctx.relu, ctx.eps, ctx.eps2 = relu, eps, eps2
+    ctx.save_for_backward(input, weight, mean, var, input2, weight2, mean2, var2, output[1] if relu else None)
+
+
+def _backward_dual_eval(ctx, grad_output):
+    input, weight, mean, var, input2, weight2, mean2, var2, mask = ctx.saved_tensors
+    flags = ctx.needs_input_grad
+    needs = (*flags[0:3], *flags[5:8])
+    input, input2 = (_restored(saved, ctx.memory_format) for saved in (input, input2))
+    gradients = _backward_op(
+        "dual_batch_norm_add_relu_eval_backward",
+        grad_output,
+        input,
+        weight,
+        mean,
+        var,
+        input2,
+        weight2,
+        mean2,
+        var2,
+        mask,
+        ctx.eps,
+        ctx.eps2,
+        ctx.relu,
+        *needs,
+    )
+    gradients = [g if needed else None for g, needed in zip(gradients, needs, strict=True)]
+    return *gradients[:3], None, None, *gradients[3:], *[None] * 6
+
+
+# relu(input + residual) ------------------------------------------------------------------------------------------------
+
+
+def _save_add_relu(ctx, inputs, output):
+    ctx.save_for_backward(output[1])
+
+
+def _backward_add_relu(ctx, grad_output):
+    (mask,) = ctx.saved_tensors
+    grad = _backward_op("add_relu_backward", _restored(grad_output, ctx.memory_format), mask)
+    needs_input, needs_residual, _ = ctx.needs_input_grad
+    return grad if needs_input else None, grad if needs_residual else None, None
+
+
+FORMULAS = [
+    _Formula("batch_norm_add_relu_train", _save_train, _backward_train),
+    _Formula("batch_norm_add_relu_eval", _save_eval, _backward_eval),
+    _Formula("batch_norm_add_relu_apply", _save_apply, _backward_apply),
+    _Formula("dual_batch_norm_add_relu_train", _save_dual_train, _backward_dual_train),
+    _Formula("dual_batch_norm_add_relu_eval", _save_dual_eval, _backward_dual_eval),
+    _Formula("add_relu", _save_add_relu, _backward_add_relu),
+]
+
+# The operators without a formula: their gradient, hardly ever asked for, is that of the reference.
+THROUGH_REFERENCE = [
+    "batch_norm_add_relu_train_backward",
+    "batch_norm_add_relu_eval_backward",
+    "dual_batch_norm_add_relu_train_backward",
+    "dual_batch_norm_add_relu_eval_backward",
+    "add_relu_backward",
+    "batch_norm_statistics",
+    "batch_norm_add_relu_backward_reduce",
+    "batch_norm_add_relu_backward_apply",
+]
+
+FUNCTIONS = {formula.name: formula.function() for formula in FORMULAS}
+
+
+def _save_inputs(ctx, inputs, output) -> None:
+    tensors = [i for i, value in enumerate(inputs) if isinstance(value, Tensor)]
+    ctx.tensors, ctx.others = tensors, [None if i in tensors else value for i, value in enumerate(inputs)]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*[inputs[i] for i in tensors])
+
+
+def _backward_through(name: str):
+    def backward(ctx, *grad_outputs):
+        create_graph = torch.is_grad_enabled()
+        inputs = list(ctx.others)
+        for i, saved in zip(ctx.tensors, ctx.saved_tensors, strict=True):
+            inputs[i] = saved
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+        with torch.enable_grad():
+            for i in wanted:
+                # A view keeps the connection to the graph for yet higher orders; a leaf is all that a first order needs.
+                inputs[i] = inputs[i].view_as(inputs[i]) if create_graph else inputs[i].detach().requires_grad_()
+            outputs = getattr(reference, name)(*inputs)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            pairs = [
+                (output, grad)
+                for output, grad in zip(outputs, grad_outputs, strict=True)
+                if grad is not None and output.requires_grad
+            ]
+            gradients = torch.autograd.grad(
+                [output for output, _ in pairs],
+                [inputs[i] for i in wanted],
+                [grad for _, grad in pairs],
+                create_graph=create_graph,
+                allow_unused=True,
+            )
+        result = [None] * len(inputs)
+        for i, grad in zip(wanted, gradients, strict=True):
+            result[i] = grad
+        return tuple(result)
+
+    return backward
+
+
+def register() -> None:
+    """Hands the formulas to torch.library."""
+    for formula in FORMULAS:
+        torch.library.register_autograd(
+            f"resnet_fused::{formula.name}", formula.backward, setup_context=formula.setup_context
+        )
+    for name in THROUGH_REFERENCE:
+        torch.library.register_autograd(
+            f"resnet_fused::{name}", _backward_through(name), setup_context=_save_inputs
+        )

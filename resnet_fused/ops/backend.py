@@ -1,0 +1,82 @@
+"""Which backend serves a call: the compiled kernels where there are some for the device, plain torch elsewhere.
+
+``RESNET_FUSED_BACKEND`` or :func:`backend` ask for one. Asking for one that cannot run is an error that says why.
+"""
+
+import contextlib
+import contextvars
+import os
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "compiled", "reference")
+DTYPES = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
+_COMPILED_DEVICES = frozenset(("cpu",))
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+_choice: contextvars.ContextVar[str] = contextvars.ContextVar(
+    "resnet_fused_backend", default=_checked(os.environ.get("RESNET_FUSED_BACKEND") or "auto", "RESNET_FUSED_BACKEND")
+)
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Chooses the backend of the calls inside: ``"auto"``, ``"compiled"`` or ``"reference"`` (the unfused torch operations).
+
+    Raises:
+        ValueError: ``name`` is no backend.
+    """
+    token = _choice.set(_checked(name, "backend"))
+    try:
+        yield
+    finally:
+        _choice.reset(token)
+
+
+def current() -> str:
+    """The backend asked for."""
+    return _choice.get()
+
+
+def why_not_compiled(device: torch.device) -> str | None:
+    """Why the compiled kernels do not serve ``device``; None where they do."""
+    if device.type in _COMPILED_DEVICES:
+        return None
+    return f"this build has no compiled kernels for {device.type} tensors"
+
+
+def is_fused(input: Tensor) -> bool:
+    """Whether the fused operators run for ``input``, rather than the unfused torch operations.
+
+    Raises:
+        RuntimeError: the compiled backend was asked for and does not serve the device of ``input``.
+    """
+    choice = _choice.get()
+    if choice == "reference" or input.dtype not in DTYPES:
+        return False
+    if input.device.type not in _COMPILED_DEVICES:
+        if choice == "compiled":
+            raise RuntimeError(f"the backend 'compiled' was asked for, but {why_not_compiled(input.device)}")
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    # functorch's transforms and forward-mode AD differentiate torch's operations, not ours.
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    if torch.autograd.forward_ad._current_level >= 0:
+        return False
+    kind = type(input)
+    return kind is Tensor or kind is torch.nn.Parameter or not _is_wrapper(input)
+
+
+def _is_wrapper(input: Tensor) -> bool:
+    """Tensors that stand for others, such as DTensor: they know torch's operators and not ours. Sparse ones are none of ours."""
+    return torch.utils._python_dispatch.is_traceable_wrapper_subclass(input)

@@ -1,0 +1,88 @@
+"""What the operators refuse, in the words of ``csrc/checks.h``: run by the fake kernels and before the reference."""
+
+import torch
+from torch import Tensor
+
+from . import layout
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def input_tensor(input: Tensor, name: str = "input") -> None:
+    torch._check(
+        input.dtype in DTYPES,
+        lambda: f"{name} must be float64, float32, bfloat16 or float16, got {_name(input.dtype)}",
+    )
+    torch._check(
+        input.dim() >= 2,
+        lambda: f"{name} must have at least 2 dimensions (N, C, ...), got shape {list(input.shape)}",
+    )
+
+
+def same_shape(other: Tensor | None, name: str, input: Tensor) -> None:
+    """``other`` matches ``input`` in shape, dtype and device."""
+    if other is None:
+        return
+    torch._check(
+        tuple(other.shape) == tuple(input.shape),
+        lambda: f"{name} must have the shape of input, got {list(other.shape)} and {list(input.shape)}",
+    )
+    torch._check(
+        other.dtype == input.dtype,
+        lambda: f"{name} must have the dtype of input, got {_name(other.dtype)} and {_name(input.dtype)}",
+    )
+    same_device(other, name, input)
+
+
+def same_device(other: Tensor, name: str, input: Tensor) -> None:
+    torch._check(
+        other.device == input.device,
+        lambda: f"{name} must be on the device of input, got {other.device} and {input.device}",
+    )
+
+
+def per_channel(vector: Tensor | None, name: str, input: Tensor) -> None:
+    """``vector`` is (C,) and of the dtype of ``input`` or of its statistics."""
+    if vector is None:
+        return
+    torch._check(
+        vector.dim() == 1 and vector.shape[0] == input.shape[1],
+        lambda: f"{name} must have shape [{input.shape[1]}], one value a channel of input, got {list(vector.shape)}",
+    )
+    statistics = layout.statistics_dtype(input.dtype)
+    torch._check(
+        vector.dtype == input.dtype or vector.dtype == statistics,
+        lambda: f"{name} must be {_name(input.dtype)} or {_name(statistics)} for {_name(input.dtype)} input, "
+        f"got {_name(vector.dtype)}",
+    )
+    same_device(vector, name, input)
+
+
+def statistics(vector: Tensor, name: str, input: Tensor) -> None:
+    """``vector`` is (C,) and of the dtype of the statistics of ``input``."""
+    per_channel(vector, name, input)
+    dtype = layout.statistics_dtype(input.dtype)
+    torch._check(
+        vector.dtype == dtype,
+        lambda: f"{name} must be {_name(dtype)} for {_name(input.dtype)} input, got {_name(vector.dtype)}",
+    )
+
+
+def mask(mask: Tensor | None, shape: tuple[int, int]) -> None:
+    if mask is None:
+        return
+    torch._check(
+        mask.dtype == torch.uint8 and tuple(mask.shape) == tuple(shape),
+        lambda: f"mask must be uint8 of shape {list(shape)}, got {_name(mask.dtype)} of shape {list(mask.shape)}",
+    )
+
+
+def batch_norm(input, weight=None, bias=None, residual=None) -> None:
+    input_tensor(input)
+    per_channel(weight, "weight", input)
+    per_channel(bias, "bias", input)
+    same_shape(residual, "residual", input)

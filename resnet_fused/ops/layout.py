@@ -1,0 +1,86 @@
+"""How a tensor lies in memory, as far as the operators care, and the bit mask that follows it.
+
+Every tensor of shape (N, C, *) is seen as rows: a pixel of C channels where the channels are innermost (channels_last, or a
+single position), a plane of H·W positions otherwise. The mask packs each row on its own, so that no byte is shared
+by two rows and a mask written by one backend is read by another.
+"""
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+_BITS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for every narrower type."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def channels_innermost(input: Tensor) -> bool:
+    """Whether a row of ``input`` is a pixel (True) or a plane (False)."""
+    if input.dim() == 2:
+        return True
+    positions = 1
+    for size in input.shape[2:]:
+        positions = positions * size
+    return bool(positions == 1) or suggest_memory_format(input) != torch.contiguous_format
+
+
+def dense(input: Tensor, like: Tensor) -> Tensor:
+    """``input`` without gaps, in the memory format of ``like``."""
+    return input.contiguous(memory_format=suggest_memory_format(like))
+
+
+def rows(input: Tensor) -> Tensor:
+    """(N, C, *) as (outer, inner) rows in memory order; copies where ``input`` has gaps."""
+    channels = input.shape[1]
+    if channels_innermost(input):
+        return input.movedim(1, -1).reshape(-1, channels)
+    return input.reshape(input.shape[0] * channels, -1) if input.numel() else input.new_empty(input.shape[0] * channels, 0)
+
+
+def unrows(flat: Tensor, like: Tensor) -> Tensor:
+    """(outer, inner) rows back as a tensor of the shape and memory format of ``like``."""
+    if not channels_innermost(like):
+        return flat.reshape(like.shape)
+    shape = (like.shape[0], *like.shape[2:], like.shape[1])
+    return dense(flat.reshape(shape).movedim(-1, 1), like)
+
+
+def mask_shape(input: Tensor) -> tuple[int, int]:
+    """Shape of the packed mask for a tensor like ``input``."""
+    channels = input.shape[1]
+    positions = 1
+    for size in input.shape[2:]:
+        positions = positions * size
+    if channels_innermost(input):
+        return input.shape[0] * positions, (channels + 7) // 8
+    return input.shape[0] * channels, (positions + 7) // 8
+
+
+def pack(keep: Tensor) -> Tensor:
+    """(outer, inner) booleans as (outer, ceil(inner / 8)) bytes, the lowest bit first."""
+    outer, inner = keep.shape
+    padded = torch.nn.functional.pad(keep.to(torch.uint8), (0, -inner % 8))
+    bits = torch.tensor(_BITS, dtype=torch.uint8, device=keep.device)
+    return (padded.reshape(outer, -1, 8) * bits).sum(-1, dtype=torch.uint8) if inner else padded.new_empty(outer, 0)
+
+
+def unpack(mask: Tensor, inner: int) -> Tensor:
+    """The inverse of :func:`pack`: (outer, inner) booleans."""
+    bits = torch.tensor(_BITS, dtype=torch.uint8, device=mask.device)
+    return ((mask.unsqueeze(-1) & bits) != 0).reshape(mask.shape[0], mask.shape[1] * 8)[:, :inner]
+
+
+def flat(input: Tensor) -> Tensor:
+    """The elements of a tensor without gaps, in memory order, as one row (1, numel)."""
+    channels_last = suggest_memory_format(input) != torch.contiguous_format
+    return (input.movedim(1, -1) if channels_last else input).reshape(1, -1)
+
+
+def unflat(row: Tensor, like: Tensor) -> Tensor:
+    """The inverse of :func:`flat`."""
+    if suggest_memory_format(like) == torch.contiguous_format:
+        return row.reshape(like.shape)
+    return row.reshape(like.movedim(1, -1).shape).movedim(-1, 1)
