@@ -45,6 +45,9 @@ def extension(name: str, sources: list[str]):
             "-Wall",
             "-Wextra",
             "-Wno-psabi",
+            # From torch's headers, and from GCC's own for AVX-512.
+            "-Wno-unused-parameter",
+            "-Wno-maybe-uninitialized",
             "-Wno-unknown-pragmas",
             f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
         ],

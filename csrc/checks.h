@@ -1,0 +1,93 @@
+// What the operators refuse, before anything is written. resnet_fused/ops/checks.py says the same for tensors without data.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+namespace resnet_fused {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+inline const char* dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    default:
+      return torch::headeronly::toString(dtype);
+  }
+}
+
+inline std::string shape_text(const Tensor& tensor) {
+  std::string text = "[";
+  for (int64_t d = 0; d < tensor.dim(); ++d) text += (d ? ", " : "") + std::to_string(tensor.size(d));
+  return text + "]";
+}
+
+inline ScalarType statistics_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline void check_dtype(const Tensor& input, const char* name) {
+  const ScalarType dtype = input.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Double || dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
+                      dtype == ScalarType::Half,
+                  name, " must be float64, float32, bfloat16 or float16, got ", dtype_name(dtype));
+}
+
+inline void check_device(const Tensor& other, const char* name, const Tensor& input) {
+  STD_TORCH_CHECK(other.device() == input.device(), name, " must be on the device of input");
+}
+
+inline void check_input(const Tensor& input) {
+  check_dtype(input, "input");
+  STD_TORCH_CHECK(input.dim() >= 2, "input must have at least 2 dimensions (N, C, ...), got shape ", shape_text(input));
+}
+
+inline void check_same(const Tensor& other, const char* name, const Tensor& input) {
+  bool same = other.dim() == input.dim();
+  for (int64_t d = 0; same && d < input.dim(); ++d) same = other.size(d) == input.size(d);
+  STD_TORCH_CHECK(same, name, " must have the shape of input, got ", shape_text(other), " and ", shape_text(input));
+  STD_TORCH_CHECK(other.scalar_type() == input.scalar_type(), name, " must have the dtype of input, got ",
+                  dtype_name(other.scalar_type()), " and ", dtype_name(input.scalar_type()));
+  check_device(other, name, input);
+}
+
+inline void check_same(const MaybeTensor& other, const char* name, const Tensor& input) {
+  if (other) check_same(*other, name, input);
+}
+
+inline void check_per_channel(const Tensor& vector, const char* name, const Tensor& input) {
+  const int64_t channels = input.size(1);
+  STD_TORCH_CHECK(vector.dim() == 1 && vector.size(0) == channels, name, " must have shape [", channels,
+                  "], one value a channel of input, got ", shape_text(vector));
+  const ScalarType dtype = vector.scalar_type();
+  const ScalarType statistics = statistics_dtype(input.scalar_type());
+  STD_TORCH_CHECK(dtype == input.scalar_type() || dtype == statistics, name, " must be ", dtype_name(input.scalar_type()),
+                  " or ", dtype_name(statistics), " for ", dtype_name(input.scalar_type()), " input, got ", dtype_name(dtype));
+  check_device(vector, name, input);
+}
+
+inline void check_per_channel(const MaybeTensor& vector, const char* name, const Tensor& input) {
+  if (vector) check_per_channel(*vector, name, input);
+}
+
+inline void check_mask(const Tensor& mask, int64_t outer, int64_t bytes) {
+  const bool fits = mask.dim() == 2 && mask.size(0) == outer && mask.size(1) == bytes && mask.is_contiguous();
+  STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Byte && fits, "mask must be uint8 of shape [", outer, ", ", bytes,
+                  "], got ", dtype_name(mask.scalar_type()), " of shape ", shape_text(mask));
+}
+
+}  // namespace resnet_fused

@@ -1,0 +1,384 @@
+// Backward operators on the CPU.
+//
+// With batch statistics: a pass that reduces (the sums of grad and of grad (x - mean)) and one that applies. Planes stay in the cache
+// between the two, so each tensor is read from memory once; rows are read twice. With constant statistics one pass suffices, and
+// a reduction only where weight or bias want a gradient.
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "cpu/branch.h"
+
+namespace resnet_fused::cpu {
+
+namespace {
+
+struct ChannelSums {
+  explicit ChannelSums(int64_t channels) : grad(channels), xmu(channels), xmu2(channels) {}
+  std::vector<double> grad, xmu, xmu2;
+};
+
+// The tensors of one call, its kernels' arguments and its results.
+template <typename T>
+struct Gradients {
+  using C = Compute<T>;
+
+  Gradients(const Tensor& grad_output, const Branch<T>& branch, const Branch<T>* branch2, const MaybeTensor& mask, bool relu)
+      : format(memory_format(branch.tensor)),
+        grad_output(dense(grad_output, format)),
+        branch(branch),
+        branch2(branch2),
+        sums(branch.shape.channels) {
+    const Shape& shape = branch.shape;
+    a.shape = shape;
+    a.grad_output = this->grad_output.template const_data_ptr<T>();
+    a.input = branch.data;
+    a.affine = branch.affine();
+    if (branch2) {
+      a.input2 = branch2->data;
+      a.mean2 = branch2->mean.data();
+      a.scale2 = branch2->scale.data();
+    }
+    a.keep = KeepFrom::kAll;
+    if (relu && mask) {
+      check_mask(*mask, shape.outer(), shape.mask_bytes());
+      a.keep = KeepFrom::kMask;
+      a.mask = mask->const_data_ptr<uint8_t>();
+    } else if (relu) {
+      STD_TORCH_CHECK(!branch2, "mask is needed for the ReLU's gradient");
+      a.keep = KeepFrom::kInput;
+    }
+  }
+
+  // Allocates what is asked for; `slot` is where the kernels write it.
+  Tensor wanted(bool is, T*& slot) {
+    if (!is) return nothing(branch.tensor.scalar_type());
+    Tensor r = empty_like(branch.tensor, format);
+    slot = r.mutable_data_ptr<T>();
+    return r;
+  }
+
+  void decide_stream() {
+    a.stream = (a.grad_input || a.grad_input2 || a.grad_residual) &&
+               should_stream<T>(a.shape, {a.grad_input, a.grad_input2, a.grad_residual});
+  }
+
+  void reduce_channel(int64_t c, const PlanePieces& pieces) {
+    double total[3] = {};
+    for (int64_t p = 0; p < pieces.count; ++p) {
+      double piece[3] = {};
+      kernels<T>().planes_reduce(a, c, pieces.begin(p), pieces.begin(p + 1), piece);
+      for (int i = 0; i < 3; ++i) total[i] += piece[i];
+    }
+    sums.grad[c] = total[0];
+    sums.xmu[c] = total[1];
+    sums.xmu2[c] = total[2];
+  }
+
+  void reduce() {
+    const Shape& shape = a.shape;
+    const int64_t channels = shape.channels;
+    if (shape.numel() == 0) return;
+    if (!shape.rows) {
+      const PlanePieces pieces(shape);
+      std::vector<double> parts(3 * channels * pieces.count);
+      parallel(channels * pieces.count, shape.numel(), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t p = i % pieces.count;
+          kernels<T>().planes_reduce(a, i / pieces.count, pieces.begin(p), pieces.begin(p + 1), &parts[3 * i]);
+        }
+      });
+      for (int64_t i = 0; i < channels * pieces.count; ++i) {
+        const int64_t c = i / pieces.count;
+        sums.grad[c] += parts[3 * i];
+        sums.xmu[c] += parts[3 * i + 1];
+        sums.xmu2[c] += parts[3 * i + 2];
+      }
+      return;
+    }
+    const RowPieces pieces(shape);
+    const int64_t padded = channels + 64 / static_cast<int64_t>(sizeof(C));
+    std::vector<double> parts(3 * padded * pieces.count);
+    parallel(pieces.count, shape.numel(), [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) {
+        double* part = &parts[3 * padded * p];
+        kernels<T>().rows_reduce(a, pieces.begin(p), pieces.begin(p + 1), part, part + padded, part + 2 * padded);
+      }
+    });
+    for (int64_t p = 0; p < pieces.count; ++p) {
+      const double* part = &parts[3 * padded * p];
+      for (int64_t c = 0; c < channels; ++c) {
+        sums.grad[c] += part[c];
+        sums.xmu[c] += part[padded + c];
+        sums.xmu2[c] += part[2 * padded + c];
+      }
+    }
+  }
+
+  // The constants of the apply pass from the sums.
+  void allocate_slopes() {
+    mean_grad = vector_of<C>(a.shape.channels);
+    slope = vector_of<C>(a.shape.channels);
+    slope2 = vector_of<C>(a.shape.channels);
+    a.mean_grad = mean_grad.data();
+    a.slope = slope.data();
+    a.slope2 = slope2.data();
+  }
+
+  void set_slopes(int64_t c, double grad, double xmu, double xmu2) {
+    const double invstd = branch.invstd[c];
+    mean_grad[c] = static_cast<C>(grad);
+    slope[c] = static_cast<C>(xmu * invstd * invstd);
+    if (branch2) {
+      const double invstd2 = branch2->invstd[c];
+      slope2[c] = static_cast<C>(xmu2 * invstd2 * invstd2);
+    }
+  }
+
+  void set_slopes_from_sums(int64_t c) {
+    const double count = static_cast<double>(a.shape.count());
+    set_slopes(c, sums.grad[c] / count, sums.xmu[c] / count, sums.xmu2[c] / count);
+  }
+
+  void apply() {
+    const Shape& shape = a.shape;
+    if (shape.numel() == 0 || !(a.grad_input || a.grad_input2 || a.grad_residual)) return;
+    if (shape.rows) {
+      const RowPieces pieces(shape);
+      parallel(pieces.count, shape.numel(), [&](int64_t begin, int64_t end) {
+        kernels<T>().rows_backward(a, pieces.begin(begin), pieces.begin(end));
+      });
+    } else {
+      const PlanePieces pieces(shape);
+      parallel(shape.channels * pieces.count, shape.numel(), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t p = i % pieces.count;
+          kernels<T>().planes_backward(a, i / pieces.count, pieces.begin(p), pieces.begin(p + 1));
+        }
+      });
+    }
+  }
+
+  // Both passes, batch statistics.
+  void train() {
+    const Shape& shape = a.shape;
+    decide_stream();
+    allocate_slopes();
+    const PlanePieces pieces(shape);
+    if (shape.rows || pieces.count > 1 || shape.numel() == 0) {
+      reduce();
+      for (int64_t c = 0; c < shape.channels; ++c) set_slopes_from_sums(c);
+      return apply();
+    }
+    const bool writes = a.grad_input || a.grad_input2 || a.grad_residual;
+    parallel(shape.channels, shape.numel(), [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) {
+        reduce_channel(c, pieces);
+        set_slopes_from_sums(c);
+        if (writes) kernels<T>().planes_backward(a, c, 0, shape.count());
+      }
+    });
+  }
+
+  // Constant statistics.
+  void eval(bool needs_sums) {
+    a.constant_statistics = true;
+    decide_stream();
+    if (needs_sums) reduce();
+    apply();
+  }
+
+  Tensor weight_gradient(bool is, const std::vector<double>& xmu, const Branch<T>& of, const MaybeTensor& like) const {
+    const ScalarType dtype = like ? like->scalar_type() : statistics_dtype(branch.tensor.scalar_type());
+    if (!is) return nothing(statistics_dtype(branch.tensor.scalar_type()));
+    std::vector<double> r(xmu.size());
+    for (size_t c = 0; c < r.size(); ++c) r[c] = xmu[c] * static_cast<double>(of.invstd[c]);
+    return vector_tensor(r.data(), a.shape.channels, dtype);
+  }
+
+  Tensor bias_gradient(bool is, const MaybeTensor& like) const {
+    if (!is) return nothing(statistics_dtype(branch.tensor.scalar_type()));
+    const ScalarType dtype = like ? like->scalar_type() : statistics_dtype(branch.tensor.scalar_type());
+    return vector_tensor(sums.grad.data(), a.shape.channels, dtype);
+  }
+
+  MemoryFormat format;
+  Tensor grad_output;
+  const Branch<T>& branch;
+  const Branch<T>* branch2;
+  ChannelSums sums;
+  Vector<C> mean_grad, slope, slope2;
+  BackwardArguments<T> a{};
+};
+
+void check_backward(const Tensor& grad_output, const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias,
+                    const Tensor& mean, const Tensor& spread) {
+  check_input(input);
+  check_same(grad_output, "grad_output", input);
+  check_per_channel(weight, "weight", input);
+  check_per_channel(bias, "bias", input);
+  check_per_channel(mean, "mean", input);
+  check_per_channel(spread, "invstd or running_var", input);
+}
+
+using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+}  // namespace
+
+Four batch_norm_add_relu_train_backward(const Tensor& grad_output, const Tensor& input, const MaybeTensor& weight,
+                                        const MaybeTensor& bias, const Tensor& mean, const Tensor& invstd,
+                                        const MaybeTensor& mask, bool relu, bool needs_input_grad, bool needs_residual_grad,
+                                        bool needs_weight_grad, bool needs_bias_grad) {
+  check_backward(grad_output, input, weight, bias, mean, invstd);
+  return dispatch(input.scalar_type(), [&]<typename T>() {
+    const Tensor x = dense(input, memory_format(input));
+    Branch<T> branch(x, weight, bias, 0, shape_of(x));
+    branch.take_invstd(mean, invstd);
+    Gradients<T> g(grad_output, branch, nullptr, mask, relu);
+    const Tensor grad_input = g.wanted(needs_input_grad, g.a.grad_input);
+    const Tensor grad_residual = g.wanted(needs_residual_grad, g.a.grad_residual);
+    g.train();
+    return Four(grad_input, grad_residual, g.weight_gradient(needs_weight_grad, g.sums.xmu, branch, weight),
+                g.bias_gradient(needs_bias_grad, bias));
+  });
+}
+
+Four batch_norm_add_relu_eval_backward(const Tensor& grad_output, const Tensor& input, const MaybeTensor& weight,
+                                       const MaybeTensor& bias, const Tensor& running_mean, const Tensor& running_var,
+                                       const MaybeTensor& mask, double eps, bool relu, bool needs_input_grad,
+                                       bool needs_residual_grad, bool needs_weight_grad, bool needs_bias_grad) {
+  check_backward(grad_output, input, weight, bias, running_mean, running_var);
+  return dispatch(input.scalar_type(), [&]<typename T>() {
+    const Tensor x = dense(input, memory_format(input));
+    Branch<T> branch(x, weight, bias, eps, shape_of(x));
+    branch.take_var(running_mean, running_var);
+    Gradients<T> g(grad_output, branch, nullptr, mask, relu);
+    const Tensor grad_input = g.wanted(needs_input_grad, g.a.grad_input);
+    const Tensor grad_residual = g.wanted(needs_residual_grad, g.a.grad_residual);
+    g.eval(needs_weight_grad || needs_bias_grad);
+    return Four(grad_input, grad_residual, g.weight_gradient(needs_weight_grad, g.sums.xmu, branch, weight),
+                g.bias_gradient(needs_bias_grad, bias));
+  });
+}
+
+namespace {
+
+// Both duals: `statistics` fills the two branches, `run` makes the passes.
+template <typename Statistics, typename Run>
+Six dual_backward(const Tensor& grad_output, const Tensor& input, const MaybeTensor& weight, const Tensor& input2,
+                  const MaybeTensor& weight2, const MaybeTensor& mask, double eps, double eps2, bool relu, bool needs_input_grad,
+                  bool needs_weight_grad, bool needs_bias_grad, bool needs_input2_grad, bool needs_weight2_grad,
+                  bool needs_bias2_grad, const Statistics& statistics, const Run& run) {
+  check_same(input2, "input2", input);
+  check_per_channel(weight2, "weight2", input);
+  return dispatch(input.scalar_type(), [&]<typename T>() {
+    const MemoryFormat format = memory_format(input);
+    const Tensor x = dense(input, format);
+    Branch<T> branch(x, weight, std::nullopt, eps, shape_of(x));
+    Branch<T> branch2(dense(input2, format), weight2, std::nullopt, eps2, branch.shape);
+    statistics(branch, branch2);
+    Gradients<T> g(grad_output, branch, &branch2, mask, relu);
+    const Tensor grad_input = g.wanted(needs_input_grad, g.a.grad_input);
+    const Tensor grad_input2 = g.wanted(needs_input2_grad, g.a.grad_input2);
+    run(g);
+    return Six(grad_input, g.weight_gradient(needs_weight_grad, g.sums.xmu, branch, weight),
+               g.bias_gradient(needs_bias_grad, weight), grad_input2,
+               g.weight_gradient(needs_weight2_grad, g.sums.xmu2, branch2, weight2), g.bias_gradient(needs_bias2_grad, weight2));
+  });
+}
+
+}  // namespace
+
+Six dual_batch_norm_add_relu_train_backward(const Tensor& grad_output, const Tensor& input, const MaybeTensor& weight,
+                                            const Tensor& mean, const Tensor& invstd, const Tensor& input2,
+                                            const MaybeTensor& weight2, const Tensor& mean2, const Tensor& invstd2,
+                                            const MaybeTensor& mask, bool relu, bool needs_input_grad, bool needs_weight_grad,
+                                            bool needs_bias_grad, bool needs_input2_grad, bool needs_weight2_grad,
+                                            bool needs_bias2_grad) {
+  check_backward(grad_output, input, weight, std::nullopt, mean, invstd);
+  check_per_channel(mean2, "mean2", input);
+  check_per_channel(invstd2, "invstd2", input);
+  return dual_backward(
+      grad_output, input, weight, input2, weight2, mask, 0, 0, relu, needs_input_grad, needs_weight_grad, needs_bias_grad,
+      needs_input2_grad, needs_weight2_grad, needs_bias2_grad,
+      [&](auto& branch, auto& branch2) {
+        branch.take_invstd(mean, invstd);
+        branch2.take_invstd(mean2, invstd2);
+      },
+      [](auto& gradients) { gradients.train(); });
+}
+
+Six dual_batch_norm_add_relu_eval_backward(const Tensor& grad_output, const Tensor& input, const MaybeTensor& weight,
+                                           const Tensor& running_mean, const Tensor& running_var, const Tensor& input2,
+                                           const MaybeTensor& weight2, const Tensor& running_mean2,
+                                           const Tensor& running_var2, const MaybeTensor& mask, double eps, double eps2,
+                                           bool relu, bool needs_input_grad, bool needs_weight_grad, bool needs_bias_grad,
+                                           bool needs_input2_grad, bool needs_weight2_grad, bool needs_bias2_grad) {
+  check_backward(grad_output, input, weight, std::nullopt, running_mean, running_var);
+  check_per_channel(running_mean2, "running_mean2", input);
+  check_per_channel(running_var2, "running_var2", input);
+  const bool sums = needs_weight_grad || needs_bias_grad || needs_weight2_grad || needs_bias2_grad;
+  return dual_backward(
+      grad_output, input, weight, input2, weight2, mask, eps, eps2, relu, needs_input_grad, needs_weight_grad, needs_bias_grad,
+      needs_input2_grad, needs_weight2_grad, needs_bias2_grad,
+      [&](auto& branch, auto& branch2) {
+        branch.take_var(running_mean, running_var);
+        branch2.take_var(running_mean2, running_var2);
+      },
+      [&](auto& gradients) { gradients.eval(sums); });
+}
+
+std::tuple<Tensor, Tensor> batch_norm_add_relu_backward_reduce(const Tensor& grad_output, const Tensor& input,
+                                                               const MaybeTensor& weight, const MaybeTensor& bias,
+                                                               const Tensor& mean, const Tensor& invstd,
+                                                               const MaybeTensor& mask, bool relu) {
+  check_backward(grad_output, input, weight, bias, mean, invstd);
+  return dispatch(input.scalar_type(), [&]<typename T>() {
+    const Tensor x = dense(input, memory_format(input));
+    Branch<T> branch(x, weight, bias, 0, shape_of(x));
+    branch.take_invstd(mean, invstd);
+    Gradients<T> g(grad_output, branch, nullptr, mask, relu);
+    g.reduce();
+    const ScalarType dtype = statistics_dtype(input.scalar_type());
+    return std::tuple(vector_tensor(g.sums.grad.data(), branch.shape.channels, dtype),
+                      vector_tensor(g.sums.xmu.data(), branch.shape.channels, dtype));
+  });
+}
+
+std::tuple<Tensor, Tensor> batch_norm_add_relu_backward_apply(const Tensor& grad_output, const Tensor& input,
+                                                              const MaybeTensor& weight, const MaybeTensor& bias,
+                                                              const Tensor& mean, const Tensor& invstd, const MaybeTensor& mask,
+                                                              const Tensor& mean_grad, const Tensor& mean_grad_xmu, bool relu,
+                                                              bool needs_input_grad, bool needs_residual_grad) {
+  check_backward(grad_output, input, weight, bias, mean, invstd);
+  check_per_channel(mean_grad, "mean_grad", input);
+  check_per_channel(mean_grad_xmu, "mean_grad_xmu", input);
+  return dispatch(input.scalar_type(), [&]<typename T>() {
+    const Tensor x = dense(input, memory_format(input));
+    const Shape shape = shape_of(x);
+    Branch<T> branch(x, weight, bias, 0, shape);
+    branch.take_invstd(mean, invstd);
+    Gradients<T> g(grad_output, branch, nullptr, mask, relu);
+    const Tensor grad_input = g.wanted(needs_input_grad, g.a.grad_input);
+    const Tensor grad_residual = g.wanted(needs_residual_grad, g.a.grad_residual);
+    const auto grads = values<Compute<T>>(mean_grad, shape.channels, 0);
+    const auto xmus = values<Compute<T>>(mean_grad_xmu, shape.channels, 0);
+    g.allocate_slopes();
+    for (int64_t c = 0; c < shape.channels; ++c) g.set_slopes(c, grads[c], xmus[c], 0);
+    g.decide_stream();
+    g.apply();
+    return std::tuple(grad_input, grad_residual);
+  });
+}
+
+STABLE_TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) {
+  m.impl("batch_norm_add_relu_train_backward", TORCH_BOX(&batch_norm_add_relu_train_backward));
+  m.impl("batch_norm_add_relu_eval_backward", TORCH_BOX(&batch_norm_add_relu_eval_backward));
+  m.impl("dual_batch_norm_add_relu_train_backward", TORCH_BOX(&dual_batch_norm_add_relu_train_backward));
+  m.impl("dual_batch_norm_add_relu_eval_backward", TORCH_BOX(&dual_batch_norm_add_relu_eval_backward));
+  m.impl("batch_norm_add_relu_backward_reduce", TORCH_BOX(&batch_norm_add_relu_backward_reduce));
+  m.impl("batch_norm_add_relu_backward_apply", TORCH_BOX(&batch_norm_add_relu_backward_apply));
+}
+
+}  // namespace resnet_fused::cpu

@@ -1,0 +1,166 @@
+// A normalized input of an operator: its values, its statistics, and what the kernels need of them.
+#pragma once
+
+#include <cmath>
+
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+#include "cpu/tensors.h"
+
+namespace resnet_fused::cpu {
+
+template <typename T>
+struct Branch {
+  using C = Compute<T>;
+
+  Branch(const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias, double eps, const Shape& shape)
+      : tensor(input),
+        data(input.const_data_ptr<T>()),
+        shape(shape),
+        eps(eps),
+        mean(vector_of<C>(shape.channels)),
+        var(vector_of<C>(shape.channels)),
+        invstd(vector_of<C>(shape.channels)),
+        scale(values<C>(weight, shape.channels, C(1))),  // times invstd, once that is known
+        bias(values<C>(bias, shape.channels, C(0))) {}
+
+  // Statistics that are given: of mean and invstd, or of mean and var.
+  void take_invstd(const Tensor& mean_tensor, const Tensor& invstd_tensor) {
+    mean = values<C>(mean_tensor, shape.channels, C(0));
+    invstd = values<C>(invstd_tensor, shape.channels, C(0));
+    for (int64_t c = 0; c < shape.channels; ++c) scale[c] *= invstd[c];
+  }
+  void take_var(const Tensor& mean_tensor, const Tensor& var_tensor) {
+    mean = values<C>(mean_tensor, shape.channels, C(0));
+    var = values<C>(var_tensor, shape.channels, C(0));
+    for (int64_t c = 0; c < shape.channels; ++c) {
+      invstd[c] = static_cast<C>(1 / std::sqrt(static_cast<double>(var[c]) + eps));
+      scale[c] *= invstd[c];
+    }
+  }
+
+  // From the sums of x - shift and of its square. The shift is one of the channel's values, or its mean: the difference below
+  // then loses no more than the count's logarithm in bits, which double has to spare.
+  void finish(int64_t c, C shift, double sum, double square) {
+    const double count = static_cast<double>(shape.count());
+    const double offset = sum / count;
+    const double variance = square / count - offset * offset;
+    mean[c] = static_cast<C>(static_cast<double>(shift) + offset);
+    const double positive = variance < 0 ? 0 : variance;  // NaN stays
+    var[c] = static_cast<C>(positive);
+    invstd[c] = static_cast<C>(1 / std::sqrt(positive + eps));
+    scale[c] *= invstd[c];
+  }
+
+  C first_value(int64_t c) const {
+    const T value = data[shape.rows ? c : c * shape.positions];
+    if constexpr (sizeof(T) == 2) {
+      return static_cast<float>(value);
+    } else {
+      return value;
+    }
+  }
+
+  Affine<C> affine() const { return {mean.data(), scale.data(), bias.data()}; }
+
+  Tensor mean_tensor() const { return statistic(mean); }
+  Tensor var_tensor() const { return statistic(var); }
+  Tensor invstd_tensor() const { return statistic(invstd); }
+
+  Tensor tensor;
+  const T* data;
+  Shape shape;
+  double eps;
+  Vector<C> mean, var, invstd, scale, bias;
+
+ private:
+  Tensor statistic(const Vector<C>& from) const {
+    Tensor r = empty({shape.channels}, statistics_dtype(tensor.scalar_type()));
+    std::copy_n(from.data(), shape.channels, r.mutable_data_ptr<C>());
+    return r;
+  }
+};
+
+// Float sums are exact enough in double at one go. Double needs a second one, about the mean of the first.
+template <typename T>
+constexpr int kStatisticsPasses = std::is_same_v<T, double> ? 2 : 1;
+
+// The statistics of one channel of planes.
+template <typename T>
+void planes_statistics(Branch<T>& branch, int64_t c, const PlanePieces& pieces) {
+  using C = Compute<T>;
+  const T* channel = branch.data + c * branch.shape.positions;
+  C shift = branch.first_value(c);
+  for (int pass = 1; pass <= kStatisticsPasses<T>; ++pass) {
+    double sums[2] = {};
+    for (int64_t p = 0; p < pieces.count; ++p) {
+      double piece[2] = {};
+      kernels<T>().planes_statistics(channel, branch.shape, pieces.begin(p), pieces.begin(p + 1), shift, piece);
+      sums[0] += piece[0];
+      sums[1] += piece[1];
+    }
+    if (pass == kStatisticsPasses<T>) return branch.finish(c, shift, sums[0], sums[1]);
+    shift += static_cast<C>(sums[0] / static_cast<double>(branch.shape.count()));
+  }
+}
+
+// The statistics of all channels of rows, or of planes whose channels are shared among threads.
+template <typename T>
+void all_statistics(Branch<T>& branch) {
+  using C = Compute<T>;
+  const Shape& shape = branch.shape;
+  const int64_t channels = shape.channels, padded = channels + 64 / static_cast<int64_t>(sizeof(C));
+  if (shape.numel() == 0) {
+    // Zeros, so that the gradients of weight and bias over an empty batch are zero and not NaN.
+    for (int64_t c = 0; c < channels; ++c) {
+      branch.invstd[c] = static_cast<C>(1 / std::sqrt(branch.eps));
+      branch.scale[c] *= branch.invstd[c];
+    }
+    return;
+  }
+  const RowPieces rows(shape);
+  const PlanePieces planes(shape);
+  const int64_t pieces = shape.rows ? rows.count : planes.count;
+  Vector<C> shift = vector_of<C>(channels);
+  for (int64_t c = 0; c < channels; ++c) shift[c] = branch.first_value(c);
+  for (int pass = 1; pass <= kStatisticsPasses<T>; ++pass) {
+    std::vector<double> sums(2 * pieces * padded);
+    double* sum = sums.data();
+    double* square = sum + pieces * padded;
+    if (shape.rows) {
+      parallel(pieces, shape.numel(), [&](int64_t begin, int64_t end) {
+        for (int64_t p = begin; p < end; ++p) {
+          const int64_t from = rows.begin(p);
+          kernels<T>().rows_statistics(branch.data + from * channels, shape, rows.begin(p + 1) - from, shift.data(),
+                                       sum + p * padded, square + p * padded);
+        }
+      });
+    } else {
+      parallel(channels * pieces, shape.numel(), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t c = i / pieces, p = i % pieces;
+          double piece[2] = {};
+          kernels<T>().planes_statistics(branch.data + c * shape.positions, shape, planes.begin(p), planes.begin(p + 1), shift[c],
+                                         piece);
+          sum[p * padded + c] = piece[0];
+          square[p * padded + c] = piece[1];
+        }
+      });
+    }
+    for (int64_t p = 1; p < pieces; ++p) {
+      for (int64_t c = 0; c < channels; ++c) {
+        sum[c] += sum[p * padded + c];
+        square[c] += square[p * padded + c];
+      }
+    }
+    for (int64_t c = 0; c < channels; ++c) {
+      if (pass == kStatisticsPasses<T>) {
+        branch.finish(c, shift[c], sum[c], square[c]);
+      } else {
+        shift[c] += static_cast<C>(sum[c] / static_cast<double>(shape.count()));
+      }
+    }
+  }
+}
+
+}  // namespace resnet_fused::cpu

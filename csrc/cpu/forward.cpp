@@ -1,0 +1,204 @@
+// Forward operators on the CPU: training (batch statistics), evaluation (running statistics), and with statistics given.
+//
+// Passes over memory in training: planes read x, residual and write y, for a channel stays in the cache between its statistics and its
+// normalization; rows read x twice, the second time backwards to meet what the cache still has.
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "cpu/branch.h"
+
+namespace resnet_fused::cpu {
+
+namespace {
+
+// y and the mask of one call, and the arguments of its kernels.
+template <typename T>
+struct Output {
+  Output(const Branch<T>& branch, const MaybeTensor& residual, const Branch<T>* branch2, bool relu, bool save_mask)
+      : format(memory_format(branch.tensor)),
+        residual(residual ? std::optional(dense(*residual, format)) : std::nullopt),
+        output(empty_like(branch.tensor, format)),
+        mask(new_mask(relu && save_mask && (residual || branch2), branch.shape)) {
+    arguments.shape = branch.shape;
+    arguments.input = branch.data;
+    arguments.residual = branch2 ? branch2->data : this->residual ? this->residual->template const_data_ptr<T>() : nullptr;
+    arguments.output = output.mutable_data_ptr<T>();
+    arguments.mask = mask.numel() ? mask.mutable_data_ptr<uint8_t>() : nullptr;
+    arguments.affine = branch.affine();
+    if (branch2) arguments.affine2 = branch2->affine();
+    arguments.relu = relu;
+    arguments.stream = should_stream<T>(branch.shape, {arguments.output});
+  }
+
+  MemoryFormat format;
+  MaybeTensor residual;
+  Tensor output;
+  Tensor mask;
+  ForwardArguments<T> arguments{};
+};
+
+// The normalization alone, statistics being known.
+template <typename T>
+void run(const ForwardArguments<T>& arguments) {
+  const Shape& shape = arguments.shape;
+  if (shape.numel() == 0) return;
+  if (shape.rows) {
+    const RowPieces pieces(shape);
+    parallel(pieces.count, shape.numel(), [&](int64_t begin, int64_t end) {
+      kernels<T>().rows_forward(arguments, pieces.begin(begin), pieces.begin(end));
+    });
+  } else {
+    const PlanePieces pieces(shape);
+    parallel(shape.channels * pieces.count, shape.numel(), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t p = i % pieces.count;
+        kernels<T>().planes_forward(arguments, i / pieces.count, pieces.begin(p), pieces.begin(p + 1));
+      }
+    });
+  }
+}
+
+// Statistics and normalization.
+template <typename T>
+void run_training(const ForwardArguments<T>& arguments, Branch<T>& branch, Branch<T>* branch2) {
+  const Shape& shape = arguments.shape;
+  const PlanePieces pieces(shape);
+  if (shape.rows || pieces.count > 1 || shape.numel() == 0) {
+    all_statistics(branch);
+    if (branch2) all_statistics(*branch2);
+    return run(arguments);
+  }
+  parallel(shape.channels, shape.numel(), [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      planes_statistics(branch, c, pieces);
+      if (branch2) planes_statistics(*branch2, c, pieces);
+      kernels<T>().planes_forward(arguments, c, 0, shape.count());
+    }
+  });
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_add_relu_train(
+    const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& residual, double eps, bool relu,
+    bool save_mask) {
+  check_input(input);
+  check_per_channel(weight, "weight", input);
+  check_per_channel(bias, "bias", input);
+  check_same(residual, "residual", input);
+  return dispatch(input.scalar_type(), [&]<typename T>() {
+    const Tensor x = dense(input, memory_format(input));
+    Branch<T> branch(x, weight, bias, eps, shape_of(x));
+    Output<T> out(branch, residual, nullptr, relu, save_mask);
+    run_training<T>(out.arguments, branch, nullptr);
+    return std::tuple(out.output, branch.mean_tensor(), branch.var_tensor(), branch.invstd_tensor(), out.mask);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_batch_norm_add_relu_train(
+    const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias, const Tensor& input2, const MaybeTensor& weight2,
+    const MaybeTensor& bias2, double eps, double eps2, bool relu, bool save_mask) {
+  check_input(input);
+  check_per_channel(weight, "weight", input);
+  check_per_channel(bias, "bias", input);
+  check_same(input2, "input2", input);
+  check_per_channel(weight2, "weight2", input);
+  check_per_channel(bias2, "bias2", input);
+  return dispatch(input.scalar_type(), [&]<typename T>() {
+    const MemoryFormat format = memory_format(input);
+    const Tensor x = dense(input, format);
+    Branch<T> branch(x, weight, bias, eps, shape_of(x));
+    Branch<T> branch2(dense(input2, format), weight2, bias2, eps2, branch.shape);
+    Output<T> out(branch, std::nullopt, &branch2, relu, save_mask);
+    run_training<T>(out.arguments, branch, &branch2);
+    return std::tuple(out.output, branch.mean_tensor(), branch.var_tensor(), branch.invstd_tensor(), branch2.mean_tensor(),
+                      branch2.var_tensor(), branch2.invstd_tensor(), out.mask);
+  });
+}
+
+std::tuple<Tensor, Tensor> batch_norm_add_relu_eval(const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias,
+                                                    const MaybeTensor& residual, const Tensor& running_mean,
+                                                    const Tensor& running_var, double eps, bool relu, bool save_mask) {
+  check_input(input);
+  check_per_channel(weight, "weight", input);
+  check_per_channel(bias, "bias", input);
+  check_same(residual, "residual", input);
+  check_per_channel(running_mean, "running_mean", input);
+  check_per_channel(running_var, "running_var", input);
+  return dispatch(input.scalar_type(), [&]<typename T>() {
+    const Tensor x = dense(input, memory_format(input));
+    Branch<T> branch(x, weight, bias, eps, shape_of(x));
+    branch.take_var(running_mean, running_var);
+    Output<T> out(branch, residual, nullptr, relu, save_mask);
+    run<T>(out.arguments);
+    return std::tuple(out.output, out.mask);
+  });
+}
+
+std::tuple<Tensor, Tensor> dual_batch_norm_add_relu_eval(
+    const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias, const Tensor& running_mean,
+    const Tensor& running_var, const Tensor& input2, const MaybeTensor& weight2, const MaybeTensor& bias2,
+    const Tensor& running_mean2, const Tensor& running_var2, double eps, double eps2, bool relu, bool save_mask) {
+  check_input(input);
+  check_per_channel(weight, "weight", input);
+  check_per_channel(bias, "bias", input);
+  check_per_channel(running_mean, "running_mean", input);
+  check_per_channel(running_var, "running_var", input);
+  check_same(input2, "input2", input);
+  check_per_channel(weight2, "weight2", input);
+  check_per_channel(bias2, "bias2", input);
+  check_per_channel(running_mean2, "running_mean2", input);
+  check_per_channel(running_var2, "running_var2", input);
+  return dispatch(input.scalar_type(), [&]<typename T>() {
+    const MemoryFormat format = memory_format(input);
+    const Tensor x = dense(input, format);
+    Branch<T> branch(x, weight, bias, eps, shape_of(x));
+    Branch<T> branch2(dense(input2, format), weight2, bias2, eps2, branch.shape);
+    branch.take_var(running_mean, running_var);
+    branch2.take_var(running_mean2, running_var2);
+    Output<T> out(branch, std::nullopt, &branch2, relu, save_mask);
+    run<T>(out.arguments);
+    return std::tuple(out.output, out.mask);
+  });
+}
+
+std::tuple<Tensor, Tensor> batch_norm_add_relu_apply(const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias,
+                                                     const MaybeTensor& residual, const Tensor& mean, const Tensor& invstd,
+                                                     bool relu, bool save_mask) {
+  check_input(input);
+  check_per_channel(weight, "weight", input);
+  check_per_channel(bias, "bias", input);
+  check_same(residual, "residual", input);
+  check_per_channel(mean, "mean", input);
+  check_per_channel(invstd, "invstd", input);
+  return dispatch(input.scalar_type(), [&]<typename T>() {
+    const Tensor x = dense(input, memory_format(input));
+    Branch<T> branch(x, weight, bias, 0, shape_of(x));
+    branch.take_invstd(mean, invstd);
+    Output<T> out(branch, residual, nullptr, relu, save_mask);
+    run<T>(out.arguments);
+    return std::tuple(out.output, out.mask);
+  });
+}
+
+std::tuple<Tensor, Tensor> batch_norm_statistics(const Tensor& input) {
+  check_input(input);
+  return dispatch(input.scalar_type(), [&]<typename T>() {
+    const Tensor x = dense(input, memory_format(input));
+    Branch<T> branch(x, std::nullopt, std::nullopt, 0, shape_of(x));
+    all_statistics(branch);
+    return std::tuple(branch.mean_tensor(), branch.var_tensor());
+  });
+}
+
+STABLE_TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) {
+  m.impl("batch_norm_add_relu_train", TORCH_BOX(&batch_norm_add_relu_train));
+  m.impl("dual_batch_norm_add_relu_train", TORCH_BOX(&dual_batch_norm_add_relu_train));
+  m.impl("batch_norm_add_relu_eval", TORCH_BOX(&batch_norm_add_relu_eval));
+  m.impl("dual_batch_norm_add_relu_eval", TORCH_BOX(&dual_batch_norm_add_relu_eval));
+  m.impl("batch_norm_add_relu_apply", TORCH_BOX(&batch_norm_add_relu_apply));
+  m.impl("batch_norm_statistics", TORCH_BOX(&batch_norm_statistics));
+}
+
+}  // namespace resnet_fused::cpu

@@ -1,0 +1,509 @@
+// The inner loops, included once for each instruction set (see isa.h). Nothing here is visible outside its namespace but the tables.
+//
+// A run is a stretch of consecutive values: a piece of a plane, whose per-channel constants are the same all along, or a row, whose
+// constants come from arrays. Its end is treated by a pack that reaches back over values already treated: outputs are written again
+// with the same values, sums leave those lanes out. Only runs shorter than a pack go through a padded copy.
+#pragma once
+
+#include "cpu/isa.h"
+#include "cpu/kernels.h"
+#include "cpu/vector.h"
+
+namespace RESNET_FUSED_ISA {
+
+// Constants of a run: the same value all along (a plane) ...
+template <typename C>
+struct Uniform {
+  Pack<C> value;
+  INLINE Uniform at(const C* vector, int64_t channel) { return {vector ? broadcast(vector[channel]) : broadcast(C(0))}; }
+  [[gnu::always_inline]] Pack<C> operator[](int64_t) const { return value; }
+};
+
+// ... or one value a channel (a row).
+template <typename C>
+struct PerChannel {
+  const C* vector;
+  INLINE PerChannel at(const C* vector, int64_t) { return {vector}; }
+  [[gnu::always_inline]] Pack<C> operator[](int64_t i) const { return load(vector + i); }
+};
+
+// Calls f(offset, first, n) for the packs of a run: lanes from `first` on are new; n < kLanes marks a run shorter than a pack.
+template <int kLanes, typename F>
+INLINE void for_packs(int64_t length, const F& f) {
+  int64_t i = 0;
+  for (; i + kLanes <= length; i += kLanes) f(i, 0, kLanes);
+  if (i == length) return;
+  if (length >= kLanes) {
+    f(length - kLanes, static_cast<int>(kLanes - (length - i)), kLanes);
+  } else {
+    f(int64_t{0}, 0, static_cast<int>(length));
+  }
+}
+
+template <typename T>
+INLINE Pack<Compute<T>> load_n(const T* from, int n) {
+  return n == kPackLanes<T> ? load(from) : load_part(from, n);
+}
+
+template <typename T>
+INLINE void store_n(T* to, Pack<Compute<T>> v, int n) {
+  if (n == kPackLanes<T>) {
+    store(to, v);
+  } else {
+    store_part(to, v, n);
+  }
+}
+
+// Writes bits of the lanes from `first` on, which begin at a byte's boundary of the run.
+template <int kLanes>
+INLINE void store_bits(uint8_t* mask, int64_t offset, int first, int n, uint32_t bits) {
+  bits = (bits & ((n < kLanes) ? (1u << n) - 1 : ~0u)) >> first;
+  uint8_t* to = mask + (offset + first) / 8;
+  const int bytes = (n - first + 7) / 8;
+  to[0] = static_cast<uint8_t>(bits);
+  if (bytes > 1) to[1] = static_cast<uint8_t>(bits >> 8);
+}
+
+// Bits of the lanes from `first` on, in their places.
+template <int kLanes>
+INLINE uint32_t load_bits(const uint8_t* mask, int64_t offset, int first, int n) {
+  const uint8_t* from = mask + (offset + first) / 8;
+  uint32_t bits = from[0];
+  if (n - first > 8) bits |= static_cast<uint32_t>(from[1]) << 8;
+  return bits << first;
+}
+
+// The stretches of planes that make up values [begin, end) of a channel, the last plane first where Reverse.
+template <bool Reverse, typename F>
+INLINE void for_planes(const Shape& shape, int64_t begin, int64_t end, const F& f) {
+  if (begin >= end) return;
+  const int64_t size = shape.positions;
+  const int64_t first = begin / size;
+  const int64_t last = (end - 1) / size;
+  for (int64_t i = first; i <= last; ++i) {
+    const int64_t n = Reverse ? first + last - i : i;
+    const int64_t from = n == first ? begin - n * size : 0;
+    const int64_t to = n == last ? end - n * size : size;
+    f(n, from, to - from);
+  }
+}
+
+// Statistics -------------------------------------------------------------------------------------------------------------
+
+// sum += x - shift and square += (x - shift)², both double. The difference of two floats is exact in double, or nearly.
+template <typename C, typename Wide>
+INLINE void accumulate_statistics(Pack<C> x, const Wide& shift, Sums<C>& sum, Sums<C>& square) {
+  const auto difference = widen(x) - shift;
+  add_to(sum, difference);
+  add_product_to(square, difference, difference);
+}
+
+template <typename C>
+INLINE Keep<C> lanes_between(int first, int n) {
+  Keep<C> keep = lanes_from<C>(first);
+  const Keep<C> beyond = lanes_from<C>(n);
+  for (int p = 0; p < Pack<C>::kRegisters; ++p) keep.part[p] &= ~beyond.part[p];
+  return keep;
+}
+
+template <typename T>
+void planes_statistics(const T* channel, const Shape& shape, int64_t begin, int64_t end, Compute<T> shift, double* sums) {
+  using C = Compute<T>;
+  constexpr int kLanes = Pack<C>::kLanes;
+  const Pack<C> narrow_shift = broadcast(shift);
+  const auto wide_shift = widen(narrow_shift);
+  Sums<C> sum = zero_sums<C>(), square = zero_sums<C>();
+  const int64_t stride = shape.channels * shape.positions;
+  for_planes<false>(shape, begin, end, [&](int64_t n, int64_t from, int64_t length) __attribute__((always_inline)) {
+    const T* x = channel + n * stride + from;
+    for_packs<kLanes>(length, [&](int64_t i, int first, int count) __attribute__((always_inline)) {
+      Pack<C> v = load_n(x + i, count);
+      // Lanes that do not count take the shift's place, whose difference is zero.
+      if (first != 0 || count != kLanes) v = choose(lanes_between<C>(first, count), v, narrow_shift);
+      accumulate_statistics(v, wide_shift, sum, square);
+    });
+  });
+  sums[0] += total(sum);
+  sums[1] += total(square);
+}
+
+// Rows whose accumulators stay in registers while a pack of channels goes through several of them.
+constexpr int kRowGroup = 8;
+
+template <typename T, int kRows>
+INLINE void rows_statistics_group(const T* x, int64_t channels, const Compute<T>* shift, double* sum, double* square) {
+  using C = Compute<T>;
+  constexpr int kLanes = Pack<C>::kLanes;
+  for_packs<kLanes>(channels, [&](int64_t i, int first, int count) __attribute__((always_inline)) {
+    const bool partial = first != 0 || count != kLanes;
+    const Keep<C> keep = lanes_between<C>(first, count);
+    const Pack<C> narrow_shift = load(shift + i);
+    const auto wide_shift = widen(narrow_shift);
+    Sums<C> s = load_sums<C>(sum + i), q = load_sums<C>(square + i);
+    for (int r = 0; r < kRows; ++r) {
+      Pack<C> v = load_n(x + r * channels + i, count);
+      if (partial) v = choose(keep, v, narrow_shift);
+      accumulate_statistics(v, wide_shift, s, q);
+    }
+    store_sums<C>(sum + i, s);
+    store_sums<C>(square + i, q);
+  });
+}
+
+template <typename T>
+void rows_statistics(const T* rows, const Shape& shape, int64_t count, const Compute<T>* shift, double* sum, double* square) {
+  const int64_t channels = shape.channels;
+  int64_t r = 0;
+  for (; r + kRowGroup <= count; r += kRowGroup) {
+    rows_statistics_group<T, kRowGroup>(rows + r * channels, channels, shift, sum, square);
+  }
+  for (; r < count; ++r) rows_statistics_group<T, 1>(rows + r * channels, channels, shift, sum, square);
+}
+
+// Forward ----------------------------------------------------------------------------------------------------------------
+
+template <typename C>
+INLINE Pack<C> apply(Pack<C> x, Pack<C> mean, Pack<C> scale, Pack<C> bias) {
+  return multiply_add(x - mean, scale, bias);
+}
+
+// Rounds, applies the ReLU and stores; the bits are those of the rounded value.
+template <typename T, bool Mask>
+INLINE void finish(Pack<Compute<T>> v, bool relu, bool stream_output, T* output, uint8_t* mask, int64_t i, int first, int n) {
+  using C = Compute<T>;
+  constexpr int kLanes = Pack<C>::kLanes;
+  if (relu) {
+    Keep<C> keep = positive_or_nan(v);
+    v = select(keep, v);
+    if constexpr (Mask) {
+      // A small positive value may round to zero, and then the gradient stops there.
+      if constexpr (sizeof(T) != sizeof(C)) keep = positive_or_nan(round_to<T>(v));
+      store_bits<kLanes>(mask, i, first, n, to_bits(keep));
+    }
+  }
+  if (stream_output) {
+    stream(output + i, v);
+  } else {
+    store_n(output + i, v, n);
+  }
+}
+
+enum class Second { kNone, kTensor, kNormalized };
+
+template <typename T, template <typename> class Constant, Second S, bool Mask>
+INLINE void forward_run(const ForwardArguments<T>& a, int64_t at, uint8_t* mask, int64_t length, int64_t channel) {
+  using C = Compute<T>;
+  constexpr int kLanes = Pack<C>::kLanes;
+  const T* input = a.input + at;
+  const T* residual = a.residual + at;
+  T* output = a.output + at;
+  const bool relu = a.relu, stream_output = a.stream;
+  const auto mean = Constant<C>::at(a.affine.mean, channel);
+  const auto scale = Constant<C>::at(a.affine.scale, channel);
+  const auto bias = Constant<C>::at(a.affine.bias, channel);
+  const auto mean2 = Constant<C>::at(a.affine2.mean, channel);
+  const auto scale2 = Constant<C>::at(a.affine2.scale, channel);
+  const auto bias2 = Constant<C>::at(a.affine2.bias, channel);
+  for_packs<kLanes>(length, [&](int64_t i, int first, int n) __attribute__((always_inline)) {
+    Pack<C> v = apply<C>(load_n(input + i, n), mean[i], scale[i], bias[i]);
+    if constexpr (S == Second::kTensor) v = v + load_n(residual + i, n);
+    if constexpr (S == Second::kNormalized) v = v + apply<C>(load_n(residual + i, n), mean2[i], scale2[i], bias2[i]);
+    finish<T, Mask>(v, relu, stream_output, output, mask, i, first, n);
+  });
+}
+
+template <typename T, Second S, bool Mask>
+void planes_forward_as(const ForwardArguments<T>& a, int64_t channel, int64_t begin, int64_t end) {
+  // Backwards: the last planes of the statistics pass are the first that the cache still has.
+  for_planes<true>(a.shape, begin, end, [&](int64_t n, int64_t from, int64_t length) __attribute__((always_inline)) {
+    const int64_t plane = n * a.shape.channels + channel;
+    uint8_t* mask = Mask ? a.mask + plane * a.shape.mask_bytes() + from / 8 : nullptr;
+    forward_run<T, Uniform, S, Mask>(a, plane * a.shape.positions + from, mask, length, channel);
+  });
+  if (a.stream) stream_fence();
+}
+
+template <typename T, Second S, bool Mask>
+void rows_forward_as(const ForwardArguments<T>& a, int64_t begin, int64_t end) {
+  for (int64_t r = end - 1; r >= begin; --r) {
+    uint8_t* mask = Mask ? a.mask + r * a.shape.mask_bytes() : nullptr;
+    forward_run<T, PerChannel, S, Mask>(a, r * a.shape.channels, mask, a.shape.channels, 0);
+  }
+  if (a.stream) stream_fence();
+}
+
+template <typename T>
+void planes_forward(const ForwardArguments<T>& a, int64_t channel, int64_t begin, int64_t end) {
+  if (a.residual == nullptr) return planes_forward_as<T, Second::kNone, false>(a, channel, begin, end);
+  const bool normalized = a.affine2.mean != nullptr;
+  if (normalized && a.mask) return planes_forward_as<T, Second::kNormalized, true>(a, channel, begin, end);
+  if (normalized) return planes_forward_as<T, Second::kNormalized, false>(a, channel, begin, end);
+  if (a.mask) return planes_forward_as<T, Second::kTensor, true>(a, channel, begin, end);
+  return planes_forward_as<T, Second::kTensor, false>(a, channel, begin, end);
+}
+
+template <typename T>
+void rows_forward(const ForwardArguments<T>& a, int64_t begin, int64_t end) {
+  if (a.residual == nullptr) return rows_forward_as<T, Second::kNone, false>(a, begin, end);
+  const bool normalized = a.affine2.mean != nullptr;
+  if (normalized && a.mask) return rows_forward_as<T, Second::kNormalized, true>(a, begin, end);
+  if (normalized) return rows_forward_as<T, Second::kNormalized, false>(a, begin, end);
+  if (a.mask) return rows_forward_as<T, Second::kTensor, true>(a, begin, end);
+  return rows_forward_as<T, Second::kTensor, false>(a, begin, end);
+}
+
+// Backward ---------------------------------------------------------------------------------------------------------------
+
+// The gradient behind the ReLU.
+template <typename T, KeepFrom K>
+INLINE Pack<Compute<T>> behind_relu(Pack<Compute<T>> grad, const uint8_t* mask, int64_t i, int first, int n,
+                                    Pack<Compute<T>> normalized) {
+  using C = Compute<T>;
+  if constexpr (K == KeepFrom::kMask) {
+    return select(from_bits<C>(load_bits<Pack<C>::kLanes>(mask, i, first, n)), grad);
+  } else if constexpr (K == KeepFrom::kInput) {
+    // As the forward rounded it, to the bit.
+    return select(positive_or_nan(round_to<T>(normalized)), grad);
+  } else {
+    return grad;
+  }
+}
+
+// Sums of one pack; lanes that do not count are zeroed in the gradient and in the differences, for 0 times Inf is none.
+template <typename C, bool Two>
+INLINE void accumulate_gradient(Pack<C> grad, Pack<C> difference, Pack<C> difference2, Sums<C>& s, Sums<C>& q, Sums<C>& q2) {
+  const auto wide = widen(grad);
+  add_to(s, wide);
+  add_product_to(q, wide, widen(difference));
+  if constexpr (Two) add_product_to(q2, wide, widen(difference2));
+}
+
+template <typename T, KeepFrom K, bool Two>
+INLINE void reduce_pack(const T* g, const T* x, const T* x2, const uint8_t* mask, int64_t i, int first, int n,
+                        Pack<Compute<T>> mean, Pack<Compute<T>> scale, Pack<Compute<T>> bias, Pack<Compute<T>> mean2,
+                        Sums<Compute<T>>& s, Sums<Compute<T>>& q, Sums<Compute<T>>& q2) {
+  using C = Compute<T>;
+  Pack<C> difference = load_n(x, n) - mean;
+  Pack<C> difference2 = difference;
+  if constexpr (Two) difference2 = load_n(x2, n) - mean2;
+  Pack<C> grad = behind_relu<T, K>(load_n(g, n), mask, i, first, n, multiply_add(difference, scale, bias));
+  if (first != 0 || n != Pack<C>::kLanes) {
+    const Keep<C> keep = lanes_between<C>(first, n);
+    grad = select(keep, grad);
+    difference = select(keep, difference);
+    if constexpr (Two) difference2 = select(keep, difference2);
+  }
+  accumulate_gradient<C, Two>(grad, difference, difference2, s, q, q2);
+}
+
+template <typename T, KeepFrom K, bool Two>
+void planes_reduce_as(const BackwardArguments<T>& a, int64_t channel, int64_t begin, int64_t end, double* sums) {
+  using C = Compute<T>;
+  constexpr int kLanes = Pack<C>::kLanes;
+  const auto mean = Uniform<C>::at(a.affine.mean, channel).value;
+  const auto scale = Uniform<C>::at(a.affine.scale, channel).value;
+  const auto bias = Uniform<C>::at(a.affine.bias, channel).value;
+  const auto mean2 = Uniform<C>::at(a.mean2, channel).value;
+  Sums<C> s = zero_sums<C>(), q = zero_sums<C>(), q2 = zero_sums<C>();
+  for_planes<false>(a.shape, begin, end, [&](int64_t n, int64_t from, int64_t length) __attribute__((always_inline)) {
+    const int64_t plane = n * a.shape.channels + channel;
+    const int64_t at = plane * a.shape.positions + from;
+    const uint8_t* mask = K == KeepFrom::kMask ? a.mask + plane * a.shape.mask_bytes() + from / 8 : nullptr;
+    const T* g = a.grad_output + at;
+    const T* x = a.input + at;
+    const T* x2 = Two ? a.input2 + at : nullptr;
+    for_packs<kLanes>(length, [&](int64_t i, int first, int count) __attribute__((always_inline)) {
+      reduce_pack<T, K, Two>(g + i, x + i, x2 + i, mask, i, first, count, mean, scale, bias, mean2, s, q, q2);
+    });
+  });
+  sums[0] += total(s);
+  sums[1] += total(q);
+  if (Two) sums[2] += total(q2);
+}
+
+template <typename T, KeepFrom K, bool Two, int kRows>
+INLINE void rows_reduce_group(const BackwardArguments<T>& a, int64_t row, double* sum, double* xmu, double* xmu2) {
+  using C = Compute<T>;
+  constexpr int kLanes = Pack<C>::kLanes;
+  const int64_t channels = a.shape.channels, mask_bytes = a.shape.mask_bytes();
+  const T* g = a.grad_output + row * channels;
+  const T* x = a.input + row * channels;
+  const T* x2 = Two ? a.input2 + row * channels : nullptr;
+  const uint8_t* mask = K == KeepFrom::kMask ? a.mask + row * mask_bytes : nullptr;
+  for_packs<kLanes>(channels, [&](int64_t i, int first, int n) __attribute__((always_inline)) {
+    const Pack<C> mean = load(a.affine.mean + i);
+    const Pack<C> scale = K == KeepFrom::kInput ? load(a.affine.scale + i) : mean;
+    const Pack<C> bias = K == KeepFrom::kInput ? load(a.affine.bias + i) : mean;
+    const Pack<C> mean2 = Two ? load(a.mean2 + i) : mean;
+    Sums<C> s = load_sums<C>(sum + i), q = load_sums<C>(xmu + i), q2 = zero_sums<C>();
+    if constexpr (Two) q2 = load_sums<C>(xmu2 + i);
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t at = r * channels + i;
+      reduce_pack<T, K, Two>(g + at, x + at, x2 + at, mask + r * mask_bytes, i, first, n, mean, scale, bias, mean2, s, q, q2);
+    }
+    store_sums<C>(sum + i, s);
+    store_sums<C>(xmu + i, q);
+    if constexpr (Two) store_sums<C>(xmu2 + i, q2);
+  });
+}
+
+template <typename T, KeepFrom K, bool Two>
+void rows_reduce_as(const BackwardArguments<T>& a, int64_t begin, int64_t end, double* sum, double* xmu, double* xmu2) {
+  constexpr int kRows = 4;
+  int64_t r = begin;
+  for (; r + kRows <= end; r += kRows) rows_reduce_group<T, K, Two, kRows>(a, r, sum, xmu, xmu2);
+  for (; r < end; ++r) rows_reduce_group<T, K, Two, 1>(a, r, sum, xmu, xmu2);
+}
+
+template <typename T, template <typename> class Constant, KeepFrom K, bool Two>
+INLINE void backward_run(const BackwardArguments<T>& a, int64_t at, const uint8_t* mask, int64_t length, int64_t channel) {
+  using C = Compute<T>;
+  constexpr int kLanes = Pack<C>::kLanes;
+  const T* g = a.grad_output + at;
+  const T* x = a.input + at;
+  const T* x2 = a.input2 + at;
+  const bool constant = a.constant_statistics, stream_output = a.stream;
+  T* grad_input = a.grad_input ? a.grad_input + at : nullptr;
+  T* grad_input2 = a.grad_input2 ? a.grad_input2 + at : nullptr;
+  T* grad_residual = a.grad_residual ? a.grad_residual + at : nullptr;
+  const auto mean = Constant<C>::at(a.affine.mean, channel);
+  const auto scale = Constant<C>::at(a.affine.scale, channel);
+  const auto bias = Constant<C>::at(a.affine.bias, channel);
+  const auto mean2 = Constant<C>::at(a.mean2, channel);
+  const auto scale2 = Constant<C>::at(a.scale2, channel);
+  const auto mean_grad = Constant<C>::at(a.mean_grad, channel);
+  const auto slope = Constant<C>::at(a.slope, channel);
+  const auto slope2 = Constant<C>::at(a.slope2, channel);
+  const auto put = [&](T* to, int64_t i, Pack<C> v, int n) __attribute__((always_inline)) {
+    if (stream_output) {
+      stream(to + i, v);
+    } else {
+      store_n(to + i, v, n);
+    }
+  };
+  for_packs<kLanes>(length, [&](int64_t i, int first, int n) __attribute__((always_inline)) {
+    Pack<C> difference = broadcast(C(0));
+    if (K == KeepFrom::kInput || !constant) difference = load_n(x + i, n) - mean[i];
+    Pack<C> normalized = difference;
+    if constexpr (K == KeepFrom::kInput) normalized = multiply_add(difference, scale[i], bias[i]);
+    Pack<C> grad;
+    if constexpr (K == KeepFrom::kMask) {
+      // The pack that reaches back needs the bits of all its lanes, for it writes them all again.
+      uint32_t bits = load_bits<kLanes>(mask, i, first, n);
+      if (first != 0) {
+        const int64_t byte = i / 8;
+        const uint32_t window = mask[byte] | static_cast<uint32_t>(mask[byte + 1]) << 8 |
+                                (i % 8 + kLanes > 16 ? static_cast<uint32_t>(mask[byte + 2]) << 16 : 0u);
+        bits = window >> (i % 8);
+      }
+      grad = select(from_bits<C>(bits), load_n(g + i, n));
+    } else {
+      grad = behind_relu<T, K>(load_n(g + i, n), mask, i, first, n, normalized);
+    }
+    if (grad_residual) put(grad_residual, i, grad, n);
+    if (constant) {
+      if (grad_input) put(grad_input, i, grad * scale[i], n);
+      if constexpr (Two) {
+        if (grad_input2) put(grad_input2, i, grad * scale2[i], n);
+      }
+      return;
+    }
+    const Pack<C> centred = grad - mean_grad[i];
+    if (grad_input) put(grad_input, i, negative_multiply_add(difference, slope[i], centred) * scale[i], n);
+    if constexpr (Two) {
+      const Pack<C> difference2 = load_n(x2 + i, n) - mean2[i];
+      if (grad_input2) put(grad_input2, i, negative_multiply_add(difference2, slope2[i], centred) * scale2[i], n);
+    }
+  });
+}
+
+template <typename T, KeepFrom K, bool Two>
+void planes_backward_as(const BackwardArguments<T>& a, int64_t channel, int64_t begin, int64_t end) {
+  for_planes<true>(a.shape, begin, end, [&](int64_t n, int64_t from, int64_t length) __attribute__((always_inline)) {
+    const int64_t plane = n * a.shape.channels + channel;
+    const uint8_t* mask = K == KeepFrom::kMask ? a.mask + plane * a.shape.mask_bytes() + from / 8 : nullptr;
+    backward_run<T, Uniform, K, Two>(a, plane * a.shape.positions + from, mask, length, channel);
+  });
+  if (a.stream) stream_fence();
+}
+
+template <typename T, KeepFrom K, bool Two>
+void rows_backward_as(const BackwardArguments<T>& a, int64_t begin, int64_t end) {
+  for (int64_t r = end - 1; r >= begin; --r) {
+    const uint8_t* mask = K == KeepFrom::kMask ? a.mask + r * a.shape.mask_bytes() : nullptr;
+    backward_run<T, PerChannel, K, Two>(a, r * a.shape.channels, mask, a.shape.channels, 0);
+  }
+  if (a.stream) stream_fence();
+}
+
+// Two branches always have a mask where they have a ReLU.
+#define RESNET_FUSED_BY_KEEP(function, a, ...)                                                                       \
+  if ((a).input2 != nullptr) {                                                                                       \
+    if ((a).keep == KeepFrom::kMask) return function<T, KeepFrom::kMask, true>(a, __VA_ARGS__);                      \
+    return function<T, KeepFrom::kAll, true>(a, __VA_ARGS__);                                                        \
+  }                                                                                                                  \
+  switch ((a).keep) {                                                                                                \
+    case KeepFrom::kMask:                                                                                            \
+      return function<T, KeepFrom::kMask, false>(a, __VA_ARGS__);                                                    \
+    case KeepFrom::kInput:                                                                                           \
+      return function<T, KeepFrom::kInput, false>(a, __VA_ARGS__);                                                   \
+    case KeepFrom::kAll:                                                                                             \
+      return function<T, KeepFrom::kAll, false>(a, __VA_ARGS__);                                                     \
+  }
+
+template <typename T>
+void planes_reduce(const BackwardArguments<T>& a, int64_t channel, int64_t begin, int64_t end, double* sums) {
+  RESNET_FUSED_BY_KEEP(planes_reduce_as, a, channel, begin, end, sums)
+}
+
+template <typename T>
+void rows_reduce(const BackwardArguments<T>& a, int64_t begin, int64_t end, double* grad, double* xmu, double* xmu2) {
+  RESNET_FUSED_BY_KEEP(rows_reduce_as, a, begin, end, grad, xmu, xmu2)
+}
+
+template <typename T>
+void planes_backward(const BackwardArguments<T>& a, int64_t channel, int64_t begin, int64_t end) {
+  RESNET_FUSED_BY_KEEP(planes_backward_as, a, channel, begin, end)
+}
+
+template <typename T>
+void rows_backward(const BackwardArguments<T>& a, int64_t begin, int64_t end) {
+  RESNET_FUSED_BY_KEEP(rows_backward_as, a, begin, end)
+}
+
+#undef RESNET_FUSED_BY_KEEP
+
+// Add and ReLU alone -------------------------------------------------------------------------------------------------------
+
+template <typename T>
+void add_relu(const T* input, const T* residual, T* output, uint8_t* mask, int64_t begin, int64_t end) {
+  using C = Compute<T>;
+  constexpr int kLanes = Pack<C>::kLanes;
+  input += begin, residual += begin, output += begin;
+  if (mask) mask += begin / 8;
+  for_packs<kLanes>(end - begin, [&](int64_t i, int first, int n) __attribute__((always_inline)) {
+    const Pack<C> v = load_n(input + i, n) + load_n(residual + i, n);
+    if (mask) {
+      finish<T, true>(v, true, false, output, mask, i, first, n);
+    } else {
+      finish<T, false>(v, true, false, output, mask, i, first, n);
+    }
+  });
+}
+
+template <typename T>
+void add_relu_backward(const T* grad_output, const uint8_t* mask, T* grad_input, int64_t begin, int64_t end) {
+  BackwardArguments<T> a{};
+  a.grad_output = grad_output;
+  a.constant_statistics = true;
+  a.grad_residual = grad_input;
+  backward_run<T, Uniform, KeepFrom::kMask, false>(a, begin, mask + begin / 8, end - begin, 0);
+}
+
+template <typename T>
+constexpr Kernels<T> kTable = {planes_statistics<T>, rows_statistics<T>, planes_forward<T>,
+                               rows_forward<T>,      planes_reduce<T>,   rows_reduce<T>,
+                               planes_backward<T>,   rows_backward<T>,   add_relu<T>,
+                               add_relu_backward<T>};
+
+}  // namespace RESNET_FUSED_ISA
