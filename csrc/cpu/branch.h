@@ -1,6 +1,7 @@
 // A normalized input of an operator: its values, its statistics, and what the kernels need of them.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "cpu/kernels.h"
@@ -39,8 +40,8 @@ struct Branch {
     }
   }
 
-  // From the sums of x - shift and of its square. The shift is one of the channel's values, or its mean: the difference below
-  // then loses no more than the count's logarithm in bits, which double has to spare.
+  // From the sums of x - shift and of its square. What the subtraction loses grows with the square of (mean - shift) over the
+  // deviation; that is (1 - p) / p where a share p of the values lies about the shift.
   void finish(int64_t c, C shift, double sum, double square) {
     const double count = static_cast<double>(shape.count());
     const double offset = sum / count;
@@ -52,13 +53,17 @@ struct Branch {
     scale[c] *= invstd[c];
   }
 
-  C first_value(int64_t c) const {
-    const T value = data[shape.rows ? c : c * shape.positions];
-    if constexpr (sizeof(T) == 2) {
-      return static_cast<float>(value);
-    } else {
-      return value;
-    }
+  // A value amid those of the channel: the median of five, which no single outlier is.
+  C shift_of(int64_t c) const {
+    const int64_t step = shape.rows ? shape.channels : 1;
+    const int64_t last = (shape.rows ? shape.count() : shape.positions) - 1;
+    const T* from = data + (shape.rows ? c : c * shape.positions);
+    C v[5];
+    for (int i = 0; i < 5; ++i) v[i] = number(from[last * i / 4 * step]);
+    const C low = std::max(std::min(v[0], v[1]), std::min(v[2], v[3]));
+    const C high = std::min(std::max(v[0], v[1]), std::max(v[2], v[3]));
+    const C median = std::max(std::min(low, high), std::min(std::max(low, high), v[4]));
+    return std::isfinite(median) ? median : C(0);  // an infinite shift would make a NaN of an infinite mean
   }
 
   Affine<C> affine() const { return {mean.data(), scale.data(), bias.data()}; }
@@ -74,6 +79,14 @@ struct Branch {
   Vector<C> mean, var, invstd, scale, bias;
 
  private:
+  static C number(T value) {
+    if constexpr (sizeof(T) == 2) {
+      return static_cast<float>(value);
+    } else {
+      return value;
+    }
+  }
+
   Tensor statistic(const Vector<C>& from) const {
     Tensor r = empty({shape.channels}, statistics_dtype(tensor.scalar_type()));
     std::copy_n(from.data(), shape.channels, r.mutable_data_ptr<C>());
@@ -90,7 +103,7 @@ template <typename T>
 void planes_statistics(Branch<T>& branch, int64_t c, const PlanePieces& pieces) {
   using C = Compute<T>;
   const T* channel = branch.data + c * branch.shape.positions;
-  C shift = branch.first_value(c);
+  C shift = branch.shift_of(c);
   for (int pass = 1; pass <= kStatisticsPasses<T>; ++pass) {
     double sums[2] = {};
     for (int64_t p = 0; p < pieces.count; ++p) {
@@ -122,7 +135,7 @@ void all_statistics(Branch<T>& branch) {
   const PlanePieces planes(shape);
   const int64_t pieces = shape.rows ? rows.count : planes.count;
   Vector<C> shift = vector_of<C>(channels);
-  for (int64_t c = 0; c < channels; ++c) shift[c] = branch.first_value(c);
+  for (int64_t c = 0; c < channels; ++c) shift[c] = branch.shift_of(c);
   for (int pass = 1; pass <= kStatisticsPasses<T>; ++pass) {
     std::vector<double> sums(2 * pieces * padded);
     double* sum = sums.data();

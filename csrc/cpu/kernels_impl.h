@@ -73,13 +73,24 @@ INLINE uint32_t load_bits(const uint8_t* mask, int64_t offset, int first, int n)
   return bits << first;
 }
 
+// Bits of all lanes of a pack that begins anywhere.
+template <int kLanes>
+INLINE uint32_t load_bits_at(const uint8_t* mask, int64_t offset) {
+  const uint8_t* from = mask + offset / 8;
+  const int shift = static_cast<int>(offset % 8);
+  uint32_t bits = from[0] | static_cast<uint32_t>(from[1]) << 8;
+  if (shift + kLanes > 16) bits |= static_cast<uint32_t>(from[2]) << 16;
+  return bits >> shift;
+}
+
 // The stretches of planes that make up values [begin, end) of a channel, the last plane first where Reverse.
 template <bool Reverse, typename F>
 INLINE void for_planes(const Shape& shape, int64_t begin, int64_t end, const F& f) {
   if (begin >= end) return;
   const int64_t size = shape.positions;
-  const int64_t first = begin / size;
-  const int64_t last = (end - 1) / size;
+  const bool whole = begin == 0 && end == shape.count();  // most often: spare the divisions
+  const int64_t first = whole ? 0 : begin / size;
+  const int64_t last = whole ? shape.batch - 1 : (end - 1) / size;
   for (int64_t i = first; i <= last; ++i) {
     const int64_t n = Reverse ? first + last - i : i;
     const int64_t from = n == first ? begin - n * size : 0;
@@ -88,14 +99,44 @@ INLINE void for_planes(const Shape& shape, int64_t begin, int64_t end, const F& 
   }
 }
 
-// Statistics -------------------------------------------------------------------------------------------------------------
+// Rows [begin, end), the last block first, for those are what the cache still has of the pass before; forwards within a block, for
+// that is how memory is fetched ahead.
+template <typename T, typename F>
+INLINE void for_rows_from_end(const Shape& shape, int64_t begin, int64_t end, const F& f) {
+  constexpr int64_t kBlockBytes = 65536;
+  const int64_t block = 1 + kBlockBytes / (shape.channels * static_cast<int64_t>(sizeof(T)) + 1);
+  for (int64_t stop = end; stop > begin; stop -= block) {
+    for (int64_t r = stop - block < begin ? begin : stop - block; r < stop; ++r) f(r);
+  }
+}
 
-// sum += x - shift and square += (x - shift)², both double. The difference of two floats is exact in double, or nearly.
-template <typename C, typename Wide>
-INLINE void accumulate_statistics(Pack<C> x, const Wide& shift, Sums<C>& sum, Sums<C>& square) {
-  const auto difference = widen(x) - shift;
-  add_to(sum, difference);
-  add_product_to(square, difference, difference);
+// Sums -------------------------------------------------------------------------------------------------------------------
+//
+// Up to kGroup values are added in the arithmetic's type, those sums in double. For n values without order the first step
+// leaves an error of sqrt((2 + ... + kGroup) / kGroup / n) roundings of a value, that is about one rounding of the sum.
+
+constexpr int kGroup = 4;
+
+// Calls f(offset, first, n, group) for the packs of a run and flush(group) after each kGroup of them and at the end.
+template <int kLanes, typename Group, typename F, typename Flush>
+INLINE void for_groups(int64_t length, const F& f, const Flush& flush) {
+  int64_t i = 0;
+  for (; i + kGroup * kLanes <= length; i += kGroup * kLanes) {
+    Group group = Group::zero();
+    for (int g = 0; g < kGroup; ++g) f(i + g * kLanes, 0, kLanes, group);
+    flush(group);
+  }
+  if (i == length) return;
+  Group group = Group::zero();
+  for (; i + kLanes <= length; i += kLanes) f(i, 0, kLanes, group);
+  if (i < length) {
+    if (length >= kLanes) {
+      f(length - kLanes, static_cast<int>(kLanes - (length - i)), kLanes, group);
+    } else {
+      f(int64_t{0}, 0, static_cast<int>(length), group);
+    }
+  }
+  flush(group);
 }
 
 template <typename C>
@@ -106,47 +147,78 @@ INLINE Keep<C> lanes_between(int first, int n) {
   return keep;
 }
 
+template <typename C>
+INLINE void add_to_memory(double* to, Pack<C> v) {
+  Sums<C> sums = load_sums<C>(to);
+  add_to(sums, widen(v));
+  store_sums<C>(to, sums);
+}
+
+// Sums of x - shift and of its square.
+template <typename C>
+struct Moments {
+  Pack<C> sum, square;
+  INLINE Moments zero() { return {broadcast(C(0)), broadcast(C(0))}; }
+  [[gnu::always_inline]] void add(Pack<C> x, Pack<C> shift) {
+    const Pack<C> difference = x - shift;
+    sum = sum + difference;
+    square = multiply_add(difference, difference, square);
+  }
+};
+
 template <typename T>
 void planes_statistics(const T* channel, const Shape& shape, int64_t begin, int64_t end, Compute<T> shift, double* sums) {
   using C = Compute<T>;
   constexpr int kLanes = Pack<C>::kLanes;
-  const Pack<C> narrow_shift = broadcast(shift);
-  const auto wide_shift = widen(narrow_shift);
+  const Pack<C> wide_shift = broadcast(shift);
   Sums<C> sum = zero_sums<C>(), square = zero_sums<C>();
   const int64_t stride = shape.channels * shape.positions;
   for_planes<false>(shape, begin, end, [&](int64_t n, int64_t from, int64_t length) __attribute__((always_inline)) {
     const T* x = channel + n * stride + from;
-    for_packs<kLanes>(length, [&](int64_t i, int first, int count) __attribute__((always_inline)) {
-      Pack<C> v = load_n(x + i, count);
-      // Lanes that do not count take the shift's place, whose difference is zero.
-      if (first != 0 || count != kLanes) v = choose(lanes_between<C>(first, count), v, narrow_shift);
-      accumulate_statistics(v, wide_shift, sum, square);
-    });
+    for_groups<kLanes, Moments<C>>(
+        length,
+        [&](int64_t i, int first, int count, Moments<C>& group) __attribute__((always_inline)) {
+          Pack<C> v = load_n(x + i, count);
+          // Lanes that do not count take the shift's place, whose difference is zero.
+          if (first != 0 || count != kLanes) v = choose(lanes_between<C>(first, count), v, wide_shift);
+          group.add(v, wide_shift);
+        },
+        [&](const Moments<C>& group) __attribute__((always_inline)) {
+          add_to(sum, widen(group.sum));
+          add_to(square, widen(group.square));
+        });
   });
   sums[0] += total(sum);
   sums[1] += total(square);
 }
 
-// Rows whose accumulators stay in registers while a pack of channels goes through several of them.
-constexpr int kRowGroup = 8;
+// A group of rows is walked a pack of channels at a time, which no machine recognizes as a stream: fetch what lies this many values
+// ahead, a group or several of them.
+template <typename T>
+INLINE int64_t fetch_ahead(int64_t channels) {
+  constexpr int64_t kBytes = 4096;
+  const int64_t group = kGroup * channels;
+  return group * (1 + kBytes / (group * static_cast<int64_t>(sizeof(T)) + 1));
+}
 
 template <typename T, int kRows>
 INLINE void rows_statistics_group(const T* x, int64_t channels, const Compute<T>* shift, double* sum, double* square) {
   using C = Compute<T>;
   constexpr int kLanes = Pack<C>::kLanes;
+  const T* ahead = x + fetch_ahead<T>(channels);
   for_packs<kLanes>(channels, [&](int64_t i, int first, int count) __attribute__((always_inline)) {
     const bool partial = first != 0 || count != kLanes;
     const Keep<C> keep = lanes_between<C>(first, count);
-    const Pack<C> narrow_shift = load(shift + i);
-    const auto wide_shift = widen(narrow_shift);
-    Sums<C> s = load_sums<C>(sum + i), q = load_sums<C>(square + i);
+    const Pack<C> k = load(shift + i);
+    Moments<C> group = Moments<C>::zero();
     for (int r = 0; r < kRows; ++r) {
+      __builtin_prefetch(ahead + r * channels + i);
       Pack<C> v = load_n(x + r * channels + i, count);
-      if (partial) v = choose(keep, v, narrow_shift);
-      accumulate_statistics(v, wide_shift, s, q);
+      if (partial) v = choose(keep, v, k);
+      group.add(v, k);
     }
-    store_sums<C>(sum + i, s);
-    store_sums<C>(square + i, q);
+    add_to_memory(sum + i, group.sum);
+    add_to_memory(square + i, group.square);
   });
 }
 
@@ -154,8 +226,8 @@ template <typename T>
 void rows_statistics(const T* rows, const Shape& shape, int64_t count, const Compute<T>* shift, double* sum, double* square) {
   const int64_t channels = shape.channels;
   int64_t r = 0;
-  for (; r + kRowGroup <= count; r += kRowGroup) {
-    rows_statistics_group<T, kRowGroup>(rows + r * channels, channels, shift, sum, square);
+  for (; r + kGroup <= count; r += kGroup) {
+    rows_statistics_group<T, kGroup>(rows + r * channels, channels, shift, sum, square);
   }
   for (; r < count; ++r) rows_statistics_group<T, 1>(rows + r * channels, channels, shift, sum, square);
 }
@@ -190,45 +262,53 @@ INLINE void finish(Pack<Compute<T>> v, bool relu, bool stream_output, T* output,
 
 enum class Second { kNone, kTensor, kNormalized };
 
+// The constants of both branches, for a channel of planes or for rows.
+template <typename C, template <typename> class Constant>
+struct ForwardConstants {
+  Constant<C> mean, scale, bias, mean2, scale2, bias2;
+  INLINE ForwardConstants of(const Affine<C>& a, const Affine<C>& b, int64_t channel) {
+    return {Constant<C>::at(a.mean, channel), Constant<C>::at(a.scale, channel), Constant<C>::at(a.bias, channel),
+            Constant<C>::at(b.mean, channel), Constant<C>::at(b.scale, channel), Constant<C>::at(b.bias, channel)};
+  }
+};
+
 template <typename T, template <typename> class Constant, Second S, bool Mask>
-INLINE void forward_run(const ForwardArguments<T>& a, int64_t at, uint8_t* mask, int64_t length, int64_t channel) {
+INLINE void forward_run(const ForwardArguments<T>& a, const ForwardConstants<Compute<T>, Constant>& k, int64_t at, uint8_t* mask,
+                        int64_t length) {
   using C = Compute<T>;
   constexpr int kLanes = Pack<C>::kLanes;
   const T* input = a.input + at;
-  const T* residual = a.residual + at;
+  const T* residual = S == Second::kNone ? nullptr : a.residual + at;
   T* output = a.output + at;
   const bool relu = a.relu, stream_output = a.stream;
-  const auto mean = Constant<C>::at(a.affine.mean, channel);
-  const auto scale = Constant<C>::at(a.affine.scale, channel);
-  const auto bias = Constant<C>::at(a.affine.bias, channel);
-  const auto mean2 = Constant<C>::at(a.affine2.mean, channel);
-  const auto scale2 = Constant<C>::at(a.affine2.scale, channel);
-  const auto bias2 = Constant<C>::at(a.affine2.bias, channel);
   for_packs<kLanes>(length, [&](int64_t i, int first, int n) __attribute__((always_inline)) {
-    Pack<C> v = apply<C>(load_n(input + i, n), mean[i], scale[i], bias[i]);
+    Pack<C> v = apply<C>(load_n(input + i, n), k.mean[i], k.scale[i], k.bias[i]);
     if constexpr (S == Second::kTensor) v = v + load_n(residual + i, n);
-    if constexpr (S == Second::kNormalized) v = v + apply<C>(load_n(residual + i, n), mean2[i], scale2[i], bias2[i]);
+    if constexpr (S == Second::kNormalized) v = v + apply<C>(load_n(residual + i, n), k.mean2[i], k.scale2[i], k.bias2[i]);
     finish<T, Mask>(v, relu, stream_output, output, mask, i, first, n);
   });
 }
 
+// The arguments come by value: stores to the output could change what a reference refers to, as far as the compiler knows.
 template <typename T, Second S, bool Mask>
-void planes_forward_as(const ForwardArguments<T>& a, int64_t channel, int64_t begin, int64_t end) {
+void planes_forward_as(const ForwardArguments<T> a, int64_t channel, int64_t begin, int64_t end) {
+  const auto constants = ForwardConstants<Compute<T>, Uniform>::of(a.affine, a.affine2, channel);
   // Backwards: the last planes of the statistics pass are the first that the cache still has.
   for_planes<true>(a.shape, begin, end, [&](int64_t n, int64_t from, int64_t length) __attribute__((always_inline)) {
     const int64_t plane = n * a.shape.channels + channel;
     uint8_t* mask = Mask ? a.mask + plane * a.shape.mask_bytes() + from / 8 : nullptr;
-    forward_run<T, Uniform, S, Mask>(a, plane * a.shape.positions + from, mask, length, channel);
+    forward_run<T, Uniform, S, Mask>(a, constants, plane * a.shape.positions + from, mask, length);
   });
   if (a.stream) stream_fence();
 }
 
 template <typename T, Second S, bool Mask>
-void rows_forward_as(const ForwardArguments<T>& a, int64_t begin, int64_t end) {
-  for (int64_t r = end - 1; r >= begin; --r) {
+void rows_forward_as(const ForwardArguments<T> a, int64_t begin, int64_t end) {
+  const auto constants = ForwardConstants<Compute<T>, PerChannel>::of(a.affine, a.affine2, 0);
+  for_rows_from_end<T>(a.shape, begin, end, [&](int64_t r) __attribute__((always_inline)) {
     uint8_t* mask = Mask ? a.mask + r * a.shape.mask_bytes() : nullptr;
-    forward_run<T, PerChannel, S, Mask>(a, r * a.shape.channels, mask, a.shape.channels, 0);
-  }
+    forward_run<T, PerChannel, S, Mask>(a, constants, r * a.shape.channels, mask, a.shape.channels);
+  });
   if (a.stream) stream_fence();
 }
 
@@ -269,36 +349,41 @@ INLINE Pack<Compute<T>> behind_relu(Pack<Compute<T>> grad, const uint8_t* mask, 
   }
 }
 
-// Sums of one pack; lanes that do not count are zeroed in the gradient and in the differences, for 0 times Inf is none.
+// Sums of grad, grad (input - mean) and grad (input2 - mean2).
 template <typename C, bool Two>
-INLINE void accumulate_gradient(Pack<C> grad, Pack<C> difference, Pack<C> difference2, Sums<C>& s, Sums<C>& q, Sums<C>& q2) {
-  const auto wide = widen(grad);
-  add_to(s, wide);
-  add_product_to(q, wide, widen(difference));
-  if constexpr (Two) add_product_to(q2, wide, widen(difference2));
-}
+struct GradientSums {
+  Pack<C> grad, xmu, xmu2;
+  INLINE GradientSums zero() { return {broadcast(C(0)), broadcast(C(0)), broadcast(C(0))}; }
+  [[gnu::always_inline]] void add(Pack<C> g, Pack<C> difference, Pack<C> difference2) {
+    grad = grad + g;
+    xmu = multiply_add(g, difference, xmu);
+    if constexpr (Two) xmu2 = multiply_add(g, difference2, xmu2);
+  }
+};
 
 template <typename T, KeepFrom K, bool Two>
 INLINE void reduce_pack(const T* g, const T* x, const T* x2, const uint8_t* mask, int64_t i, int first, int n,
                         Pack<Compute<T>> mean, Pack<Compute<T>> scale, Pack<Compute<T>> bias, Pack<Compute<T>> mean2,
-                        Sums<Compute<T>>& s, Sums<Compute<T>>& q, Sums<Compute<T>>& q2) {
+                        GradientSums<Compute<T>, Two>& group) {
   using C = Compute<T>;
   Pack<C> difference = load_n(x, n) - mean;
   Pack<C> difference2 = difference;
   if constexpr (Two) difference2 = load_n(x2, n) - mean2;
   Pack<C> grad = behind_relu<T, K>(load_n(g, n), mask, i, first, n, multiply_add(difference, scale, bias));
   if (first != 0 || n != Pack<C>::kLanes) {
+    // Both factors, for 0 times Inf is not 0.
     const Keep<C> keep = lanes_between<C>(first, n);
     grad = select(keep, grad);
     difference = select(keep, difference);
     if constexpr (Two) difference2 = select(keep, difference2);
   }
-  accumulate_gradient<C, Two>(grad, difference, difference2, s, q, q2);
+  group.add(grad, difference, difference2);
 }
 
 template <typename T, KeepFrom K, bool Two>
 void planes_reduce_as(const BackwardArguments<T>& a, int64_t channel, int64_t begin, int64_t end, double* sums) {
   using C = Compute<T>;
+  using Group = GradientSums<C, Two>;
   constexpr int kLanes = Pack<C>::kLanes;
   const auto mean = Uniform<C>::at(a.affine.mean, channel).value;
   const auto scale = Uniform<C>::at(a.affine.scale, channel).value;
@@ -312,9 +397,16 @@ void planes_reduce_as(const BackwardArguments<T>& a, int64_t channel, int64_t be
     const T* g = a.grad_output + at;
     const T* x = a.input + at;
     const T* x2 = Two ? a.input2 + at : nullptr;
-    for_packs<kLanes>(length, [&](int64_t i, int first, int count) __attribute__((always_inline)) {
-      reduce_pack<T, K, Two>(g + i, x + i, x2 + i, mask, i, first, count, mean, scale, bias, mean2, s, q, q2);
-    });
+    for_groups<kLanes, Group>(
+        length,
+        [&](int64_t i, int first, int count, Group& group) __attribute__((always_inline)) {
+          reduce_pack<T, K, Two>(g + i, x + i, x2 + i, mask, i, first, count, mean, scale, bias, mean2, group);
+        },
+        [&](const Group& group) __attribute__((always_inline)) {
+          add_to(s, widen(group.grad));
+          add_to(q, widen(group.xmu));
+          if constexpr (Two) add_to(q2, widen(group.xmu2));
+        });
   });
   sums[0] += total(s);
   sums[1] += total(q);
@@ -330,50 +422,57 @@ INLINE void rows_reduce_group(const BackwardArguments<T>& a, int64_t row, double
   const T* x = a.input + row * channels;
   const T* x2 = Two ? a.input2 + row * channels : nullptr;
   const uint8_t* mask = K == KeepFrom::kMask ? a.mask + row * mask_bytes : nullptr;
+  const int64_t ahead = fetch_ahead<T>(channels);
   for_packs<kLanes>(channels, [&](int64_t i, int first, int n) __attribute__((always_inline)) {
     const Pack<C> mean = load(a.affine.mean + i);
     const Pack<C> scale = K == KeepFrom::kInput ? load(a.affine.scale + i) : mean;
     const Pack<C> bias = K == KeepFrom::kInput ? load(a.affine.bias + i) : mean;
     const Pack<C> mean2 = Two ? load(a.mean2 + i) : mean;
-    Sums<C> s = load_sums<C>(sum + i), q = load_sums<C>(xmu + i), q2 = zero_sums<C>();
-    if constexpr (Two) q2 = load_sums<C>(xmu2 + i);
+    GradientSums<C, Two> group = GradientSums<C, Two>::zero();
     for (int r = 0; r < kRows; ++r) {
       const int64_t at = r * channels + i;
-      reduce_pack<T, K, Two>(g + at, x + at, x2 + at, mask + r * mask_bytes, i, first, n, mean, scale, bias, mean2, s, q, q2);
+      __builtin_prefetch(g + ahead + at);
+      __builtin_prefetch(x + ahead + at);
+      if constexpr (Two) __builtin_prefetch(x2 + ahead + at);
+      reduce_pack<T, K, Two>(g + at, x + at, x2 + at, mask + r * mask_bytes, i, first, n, mean, scale, bias, mean2, group);
     }
-    store_sums<C>(sum + i, s);
-    store_sums<C>(xmu + i, q);
-    if constexpr (Two) store_sums<C>(xmu2 + i, q2);
+    add_to_memory(sum + i, group.grad);
+    add_to_memory(xmu + i, group.xmu);
+    if constexpr (Two) add_to_memory(xmu2 + i, group.xmu2);
   });
 }
 
 template <typename T, KeepFrom K, bool Two>
 void rows_reduce_as(const BackwardArguments<T>& a, int64_t begin, int64_t end, double* sum, double* xmu, double* xmu2) {
-  constexpr int kRows = 4;
   int64_t r = begin;
-  for (; r + kRows <= end; r += kRows) rows_reduce_group<T, K, Two, kRows>(a, r, sum, xmu, xmu2);
+  for (; r + kGroup <= end; r += kGroup) rows_reduce_group<T, K, Two, kGroup>(a, r, sum, xmu, xmu2);
   for (; r < end; ++r) rows_reduce_group<T, K, Two, 1>(a, r, sum, xmu, xmu2);
 }
 
+template <typename C, template <typename> class Constant>
+struct BackwardConstants {
+  Constant<C> mean, scale, bias, mean2, scale2, mean_grad, slope, slope2;
+  template <typename T>
+  INLINE BackwardConstants of(const BackwardArguments<T>& a, int64_t channel) {
+    return {Constant<C>::at(a.affine.mean, channel), Constant<C>::at(a.affine.scale, channel),
+            Constant<C>::at(a.affine.bias, channel), Constant<C>::at(a.mean2, channel),
+            Constant<C>::at(a.scale2, channel),      Constant<C>::at(a.mean_grad, channel),
+            Constant<C>::at(a.slope, channel),       Constant<C>::at(a.slope2, channel)};
+  }
+};
+
 template <typename T, template <typename> class Constant, KeepFrom K, bool Two>
-INLINE void backward_run(const BackwardArguments<T>& a, int64_t at, const uint8_t* mask, int64_t length, int64_t channel) {
+INLINE void backward_run(const BackwardArguments<T>& a, const BackwardConstants<Compute<T>, Constant>& k, int64_t at,
+                         const uint8_t* mask, int64_t length) {
   using C = Compute<T>;
   constexpr int kLanes = Pack<C>::kLanes;
   const T* g = a.grad_output + at;
   const T* x = a.input + at;
-  const T* x2 = a.input2 + at;
+  const T* x2 = Two ? a.input2 + at : nullptr;
   const bool constant = a.constant_statistics, stream_output = a.stream;
   T* grad_input = a.grad_input ? a.grad_input + at : nullptr;
   T* grad_input2 = a.grad_input2 ? a.grad_input2 + at : nullptr;
   T* grad_residual = a.grad_residual ? a.grad_residual + at : nullptr;
-  const auto mean = Constant<C>::at(a.affine.mean, channel);
-  const auto scale = Constant<C>::at(a.affine.scale, channel);
-  const auto bias = Constant<C>::at(a.affine.bias, channel);
-  const auto mean2 = Constant<C>::at(a.mean2, channel);
-  const auto scale2 = Constant<C>::at(a.scale2, channel);
-  const auto mean_grad = Constant<C>::at(a.mean_grad, channel);
-  const auto slope = Constant<C>::at(a.slope, channel);
-  const auto slope2 = Constant<C>::at(a.slope2, channel);
   const auto put = [&](T* to, int64_t i, Pack<C> v, int n) __attribute__((always_inline)) {
     if (stream_output) {
       stream(to + i, v);
@@ -383,56 +482,52 @@ INLINE void backward_run(const BackwardArguments<T>& a, int64_t at, const uint8_
   };
   for_packs<kLanes>(length, [&](int64_t i, int first, int n) __attribute__((always_inline)) {
     Pack<C> difference = broadcast(C(0));
-    if (K == KeepFrom::kInput || !constant) difference = load_n(x + i, n) - mean[i];
-    Pack<C> normalized = difference;
-    if constexpr (K == KeepFrom::kInput) normalized = multiply_add(difference, scale[i], bias[i]);
+    if (K == KeepFrom::kInput || !constant) difference = load_n(x + i, n) - k.mean[i];
     Pack<C> grad;
     if constexpr (K == KeepFrom::kMask) {
-      // The pack that reaches back needs the bits of all its lanes, for it writes them all again.
-      uint32_t bits = load_bits<kLanes>(mask, i, first, n);
-      if (first != 0) {
-        const int64_t byte = i / 8;
-        const uint32_t window = mask[byte] | static_cast<uint32_t>(mask[byte + 1]) << 8 |
-                                (i % 8 + kLanes > 16 ? static_cast<uint32_t>(mask[byte + 2]) << 16 : 0u);
-        bits = window >> (i % 8);
-      }
+      // The pack that reaches back writes all its lanes again, so it needs their bits too.
+      const uint32_t bits = first == 0 ? load_bits<kLanes>(mask, i, first, n) : load_bits_at<kLanes>(mask, i);
       grad = select(from_bits<C>(bits), load_n(g + i, n));
     } else {
+      Pack<C> normalized = difference;
+      if constexpr (K == KeepFrom::kInput) normalized = multiply_add(difference, k.scale[i], k.bias[i]);
       grad = behind_relu<T, K>(load_n(g + i, n), mask, i, first, n, normalized);
     }
     if (grad_residual) put(grad_residual, i, grad, n);
     if (constant) {
-      if (grad_input) put(grad_input, i, grad * scale[i], n);
+      if (grad_input) put(grad_input, i, grad * k.scale[i], n);
       if constexpr (Two) {
-        if (grad_input2) put(grad_input2, i, grad * scale2[i], n);
+        if (grad_input2) put(grad_input2, i, grad * k.scale2[i], n);
       }
       return;
     }
-    const Pack<C> centred = grad - mean_grad[i];
-    if (grad_input) put(grad_input, i, negative_multiply_add(difference, slope[i], centred) * scale[i], n);
+    const Pack<C> centred = grad - k.mean_grad[i];
+    if (grad_input) put(grad_input, i, negative_multiply_add(difference, k.slope[i], centred) * k.scale[i], n);
     if constexpr (Two) {
-      const Pack<C> difference2 = load_n(x2 + i, n) - mean2[i];
-      if (grad_input2) put(grad_input2, i, negative_multiply_add(difference2, slope2[i], centred) * scale2[i], n);
+      const Pack<C> difference2 = load_n(x2 + i, n) - k.mean2[i];
+      if (grad_input2) put(grad_input2, i, negative_multiply_add(difference2, k.slope2[i], centred) * k.scale2[i], n);
     }
   });
 }
 
 template <typename T, KeepFrom K, bool Two>
-void planes_backward_as(const BackwardArguments<T>& a, int64_t channel, int64_t begin, int64_t end) {
+void planes_backward_as(const BackwardArguments<T> a, int64_t channel, int64_t begin, int64_t end) {
+  const auto constants = BackwardConstants<Compute<T>, Uniform>::of(a, channel);
   for_planes<true>(a.shape, begin, end, [&](int64_t n, int64_t from, int64_t length) __attribute__((always_inline)) {
     const int64_t plane = n * a.shape.channels + channel;
     const uint8_t* mask = K == KeepFrom::kMask ? a.mask + plane * a.shape.mask_bytes() + from / 8 : nullptr;
-    backward_run<T, Uniform, K, Two>(a, plane * a.shape.positions + from, mask, length, channel);
+    backward_run<T, Uniform, K, Two>(a, constants, plane * a.shape.positions + from, mask, length);
   });
   if (a.stream) stream_fence();
 }
 
 template <typename T, KeepFrom K, bool Two>
-void rows_backward_as(const BackwardArguments<T>& a, int64_t begin, int64_t end) {
-  for (int64_t r = end - 1; r >= begin; --r) {
+void rows_backward_as(const BackwardArguments<T> a, int64_t begin, int64_t end) {
+  const auto constants = BackwardConstants<Compute<T>, PerChannel>::of(a, 0);
+  for_rows_from_end<T>(a.shape, begin, end, [&](int64_t r) __attribute__((always_inline)) {
     const uint8_t* mask = K == KeepFrom::kMask ? a.mask + r * a.shape.mask_bytes() : nullptr;
-    backward_run<T, PerChannel, K, Two>(a, r * a.shape.channels, mask, a.shape.channels, 0);
-  }
+    backward_run<T, PerChannel, K, Two>(a, constants, r * a.shape.channels, mask, a.shape.channels);
+  });
   if (a.stream) stream_fence();
 }
 
@@ -497,7 +592,8 @@ void add_relu_backward(const T* grad_output, const uint8_t* mask, T* grad_input,
   a.grad_output = grad_output;
   a.constant_statistics = true;
   a.grad_residual = grad_input;
-  backward_run<T, Uniform, KeepFrom::kMask, false>(a, begin, mask + begin / 8, end - begin, 0);
+  const auto constants = BackwardConstants<Compute<T>, Uniform>::of(a, 0);
+  backward_run<T, Uniform, KeepFrom::kMask, false>(a, constants, begin, mask + begin / 8, end - begin);
 }
 
 template <typename T>

@@ -209,12 +209,6 @@ INLINE void add_to(Sums<double>& sums, Pack<double> v) {
   for (int p = 0; p < Sums<double>::kRegisters; ++p) sums.part[p] += v.part[p];
 }
 
-INLINE void add_product_to(Sums<double>& sums, Pack<double> a, Pack<double> b) {
-  for (int p = 0; p < Sums<double>::kRegisters; ++p) {
-    sums.part[p] = register_multiply_add(a.part[p], b.part[p], sums.part[p]);
-  }
-}
-
 // A pack of the wider type, where double is the wider type of float and of itself.
 struct Widened {
   Registers<double>::Value part[Sums<float>::kRegisters];
@@ -231,19 +225,8 @@ INLINE Widened widen(Pack<float> v) {
 
 INLINE Pack<double> widen(Pack<double> v) { return v; }
 
-INLINE Widened operator-(Widened a, Widened b) {
-  for (int p = 0; p < Sums<float>::kRegisters; ++p) a.part[p] -= b.part[p];
-  return a;
-}
-
 INLINE void add_to(Sums<float>& sums, Widened v) {
   for (int p = 0; p < Sums<float>::kRegisters; ++p) sums.part[p] += v.part[p];
-}
-
-INLINE void add_product_to(Sums<float>& sums, Widened a, Widened b) {
-  for (int p = 0; p < Sums<float>::kRegisters; ++p) {
-    sums.part[p] = register_multiply_add(a.part[p], b.part[p], sums.part[p]);
-  }
 }
 
 template <typename C>
@@ -265,14 +248,19 @@ INLINE void store_sums(double* to, const Sums<C>& sums) {
   for (int p = 0; p < Sums<C>::kRegisters; ++p) reinterpret_cast<Registers<double>::Unaligned*>(to)[p] = sums.part[p];
 }
 
-// Lanes added in their order.
+// Lanes added in halves, the upper to the lower: an order that the width of the registers has no part in.
 template <typename C>
-INLINE double total(const Sums<C>& sums) {
-  double lanes[Pack<C>::kLanes];
-  store_sums(lanes, sums);
-  double sum = 0;
-  for (double lane : lanes) sum += lane;
-  return sum;
+INLINE double total(Sums<C> sums) {
+  for (int n = Sums<C>::kRegisters / 2; n >= 1; n /= 2) {
+    for (int p = 0; p < n; ++p) sums.part[p] += sums.part[p + n];
+  }
+  constexpr int kLanes = kRegisterBytes / sizeof(double);
+  double lanes[kLanes];
+  __builtin_memcpy(lanes, &sums.part[0], sizeof(lanes));
+  for (int n = kLanes / 2; n >= 1; n /= 2) {
+    for (int i = 0; i < n; ++i) lanes[i] += lanes[i + n];
+  }
+  return lanes[0];
 }
 
 #undef RESNET_FUSED_EACH
