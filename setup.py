@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).resolve().parent
 
 def require_compiler() -> None:
     """Ends the build with one sentence where there is no C++ compiler."""
-    compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
+    compiler = shlex.split(os.environ.get("CXX") or "c++")[0]
     if shutil.which(compiler) is None and shutil.which("g++") is None and shutil.which("clang++") is None:
         sys.exit(
             f"resnet_fused needs a C++20 compiler and found no {compiler!r}: install one "

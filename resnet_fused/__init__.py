@@ -1,7 +1,20 @@
 """Fused BatchNorm, residual add and ReLU for residual networks."""
 
 from . import functional, ops
+from .conversion import FusionReport, fuse, fusion_report, unfuse
+from .modules import BatchNormAddReLU2d, FusedBottleneck, FusedResidualBlock
 from .ops.backend import backend
 
 __version__ = "0.1.0"
-__all__ = ["backend", "functional", "ops"]
+__all__ = [
+    "BatchNormAddReLU2d",
+    "FusedBottleneck",
+    "FusedResidualBlock",
+    "FusionReport",
+    "backend",
+    "functional",
+    "fuse",
+    "fusion_report",
+    "ops",
+    "unfuse",
+]

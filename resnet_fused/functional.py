@@ -4,9 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ops import autograd, backend
+from .ops import autograd, backend, checks
 
 _OPS = torch.ops.resnet_fused
+_NUMBERS = (int, float, torch.SymFloat)
 
 
 def batch_norm_add_relu(
@@ -34,15 +35,19 @@ def batch_norm_add_relu(
         relu: whether to apply the ReLU.
 
     Raises:
-        ValueError: one value a channel where ``training``.
-        RuntimeError: shapes, dtypes or devices that do not fit; nothing has been written then.
+        ValueError: one value a channel where ``training``, or an ``eps`` that torch refuses.
+        TypeError: an argument that is no tensor or no number.
+        RuntimeError: shapes, dtypes or devices that do not fit (NotImplementedError, its subclass, for a dtype that torch has
+            no kernels for).
+
+        Nothing has been written then.
     """
-    _check_residual(residual, "residual", input)
+    if residual is not None:
+        _check_residual(residual, "residual", input, relu)
     if training:
         F._verify_batch_size(input.size())
-    if not _fusible(input, weight, bias, running_mean, running_var) or _eval_without_statistics(
-        training, running_mean, running_var
-    ):
+    if not _fusible(input, weight, bias, running_mean, running_var, training, momentum, eps):
+        checks.unfused_batch_norm(input, running_mean, running_var, weight, bias)
         output = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         return _add_relu_unfused(output, residual, relu)
     if residual is not None and residual.dtype != input.dtype:
@@ -84,16 +89,18 @@ def dual_batch_norm_add_relu(
     Each branch has the arguments of :func:`batch_norm_add_relu`; ``input2`` has the shape of ``input``, and the result has the
     memory format of ``input``. Raises as :func:`batch_norm_add_relu` does.
     """
-    _check_residual(input2, "input2", input)
+    _check_residual(input2, "input2", input, relu)
     if training:
         F._verify_batch_size(input.size())
     if (
-        input.dtype != input2.dtype
-        or not _fusible(input, weight, bias, running_mean, running_var)
-        or not _fusible(input2, weight2, bias2, running_mean2, running_var2)
-        or _eval_without_statistics(training, running_mean, running_var)
-        or _eval_without_statistics(training, running_mean2, running_var2)
+        not _fusible(input, weight, bias, running_mean, running_var, training, momentum, eps)
+        or not _fusible(input2, weight2, bias2, running_mean2, running_var2, training, momentum2, eps2)
+        or input.dtype != input2.dtype
     ):
+        # All of the first branch is checked before the second writes its running statistics.
+        checks.unfused_batch_norm(input2, running_mean2, running_var2, weight2, bias2, suffix="2")
+        checks.unfused_batch_norm(input, running_mean, running_var, weight, bias)
+        checks.unfused_batch_norm_options(running_mean, running_var, weight, bias, training, momentum, eps)
         shortcut = F.batch_norm(input2, running_mean2, running_var2, weight2, bias2, training, momentum2, eps2)
         return batch_norm_add_relu(
             input, running_mean, running_var, weight, bias, shortcut, training, momentum, eps, relu
@@ -119,9 +126,10 @@ def add_relu(input: Tensor, residual: Tensor) -> Tensor:
         residual: a tensor of the shape of ``input``; it is not broadcast.
 
     Raises:
+        TypeError: ``residual`` is no tensor.
         RuntimeError: shapes or devices that do not fit.
     """
-    _check_residual(residual, "residual", input)
+    _check_residual(residual, "residual", input, True)
     if input.dtype != residual.dtype or not backend.is_fused(input):
         return _add_relu_unfused(input, residual, True)
     save = torch.is_grad_enabled() and _requires_grad(input, residual)
@@ -162,30 +170,33 @@ def _requires_grad(*tensors: Tensor | None) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
 
 
-def _eval_without_statistics(training: bool, running_mean: Tensor | None, running_var: Tensor | None) -> bool:
-    """torch refuses that with an error of its own."""
-    return not training and (running_mean is None or running_var is None)
-
-
-def _fusible(input: Tensor, weight, bias, running_mean, running_var) -> bool:
+def _fusible(input: Tensor, weight, bias, running_mean, running_var, training: bool, momentum, eps) -> bool:
     """Whether the fused operator serves these; where it does not, torch's own operations do, or raise their own errors."""
-    if not backend.is_fused(input) or input.dim() < 2:
+    if not isinstance(input, Tensor) or not backend.is_fused(input) or input.dim() < 2:
+        return False
+    if (running_mean is None) != (running_var is None) or (running_mean is None and not training):
+        return False
+    if not isinstance(momentum, _NUMBERS) or not eps > 0:
         return False
     dtype, channels = None, input.shape[1]
     for vector in (weight, bias, running_mean, running_var):
         if vector is None:
             continue
+        if not isinstance(vector, Tensor) or vector.layout is not torch.strided:
+            return False
         if dtype is None:
             dtype = vector.dtype
             if dtype != input.dtype and (dtype != torch.float32 or input.dtype == torch.float64):
                 return False
-        if vector.dtype != dtype or vector.device != input.device or vector.numel() != channels:
+        if vector.dtype != dtype or vector.device != input.device or vector.dim() != 1 or vector.shape[0] != channels:
             return False
-    return True
+    return not (torch.is_grad_enabled() and _requires_grad(running_mean, running_var))
 
 
-def _check_residual(residual: Tensor | None, name: str, input: Tensor) -> None:
-    if residual is None:
+def _check_residual(residual: Tensor, name: str, input: Tensor, relu: bool) -> None:
+    if not isinstance(residual, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(residual).__name__}")
+    if not isinstance(input, Tensor):
         return
     if residual.shape != input.shape:
         raise RuntimeError(
@@ -196,3 +207,5 @@ def _check_residual(residual: Tensor | None, name: str, input: Tensor) -> None:
         raise RuntimeError(f"{name} must be on the device of input, got {residual.device} and {input.device}")
     if residual.layout != input.layout:
         raise RuntimeError(f"{name} must have the layout of input, got {residual.layout} and {input.layout}")
+    if residual.dtype != input.dtype:
+        checks.promotes(residual, name, input, relu)

@@ -35,8 +35,16 @@ struct Branch {
     mean = values<C>(mean_tensor, shape.channels, C(0));
     var = values<C>(var_tensor, shape.channels, C(0));
     for (int64_t c = 0; c < shape.channels; ++c) {
-      invstd[c] = static_cast<C>(1 / std::sqrt(static_cast<double>(var[c]) + eps));
-      scale[c] *= invstd[c];
+      const double exact = 1 / std::sqrt(static_cast<double>(var[c]) + eps);
+      invstd[c] = static_cast<C>(exact);
+      scale[c] = static_cast<C>(static_cast<double>(scale[c]) * exact);
+    }
+  }
+
+  // The bias of a sum of two branches, with one rounding.
+  void add_bias_of(const Branch& other) {
+    for (int64_t c = 0; c < shape.channels; ++c) {
+      bias[c] = static_cast<C>(static_cast<double>(bias[c]) + static_cast<double>(other.bias[c]));
     }
   }
 

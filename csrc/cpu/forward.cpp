@@ -110,6 +110,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_
     const Tensor x = dense(input, format);
     Branch<T> branch(x, weight, bias, eps, shape_of(x));
     Branch<T> branch2(dense(input2, format), weight2, bias2, eps2, branch.shape);
+    branch.add_bias_of(branch2);
     Output<T> out(branch, std::nullopt, &branch2, relu, save_mask);
     run_training<T>(out.arguments, branch, &branch2);
     return std::tuple(out.output, branch.mean_tensor(), branch.var_tensor(), branch.invstd_tensor(), branch2.mean_tensor(),
@@ -155,6 +156,7 @@ std::tuple<Tensor, Tensor> dual_batch_norm_add_relu_eval(
     const Tensor x = dense(input, format);
     Branch<T> branch(x, weight, bias, eps, shape_of(x));
     Branch<T> branch2(dense(input2, format), weight2, bias2, eps2, branch.shape);
+    branch.add_bias_of(branch2);
     branch.take_var(running_mean, running_var);
     branch2.take_var(running_mean2, running_var2);
     Output<T> out(branch, std::nullopt, &branch2, relu, save_mask);

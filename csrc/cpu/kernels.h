@@ -32,7 +32,8 @@ struct Affine {
   const C* bias;
 };
 
-// output = relu(affine(input) + residual), or + affine2(input2) where `affine2.mean` is set: then residual is input2.
+// output = relu(affine(input) + residual). Where `affine2.mean` is set, residual is the input of a second branch, whose bias is part
+// of the first one's: relu(affine(input) + (residual - mean2) scale2).
 template <typename T>
 struct ForwardArguments {
   Shape shape;

@@ -112,32 +112,11 @@ INLINE void for_rows_from_end(const Shape& shape, int64_t begin, int64_t end, co
 
 // Sums -------------------------------------------------------------------------------------------------------------------
 //
-// Up to kGroup values are added in the arithmetic's type, those sums in double. For n values without order the first step
-// leaves an error of sqrt((2 + ... + kGroup) / kGroup / n) roundings of a value, that is about one rounding of the sum.
+// Values become double before anything is added or multiplied: a gradient's sum is often a small rest of large terms, and then
+// the roundings of float arithmetic are what one would see of it.
 
+// Rows whose accumulators stay in registers while a pack of channels goes through them.
 constexpr int kGroup = 4;
-
-// Calls f(offset, first, n, group) for the packs of a run and flush(group) after each kGroup of them and at the end.
-template <int kLanes, typename Group, typename F, typename Flush>
-INLINE void for_groups(int64_t length, const F& f, const Flush& flush) {
-  int64_t i = 0;
-  for (; i + kGroup * kLanes <= length; i += kGroup * kLanes) {
-    Group group = Group::zero();
-    for (int g = 0; g < kGroup; ++g) f(i + g * kLanes, 0, kLanes, group);
-    flush(group);
-  }
-  if (i == length) return;
-  Group group = Group::zero();
-  for (; i + kLanes <= length; i += kLanes) f(i, 0, kLanes, group);
-  if (i < length) {
-    if (length >= kLanes) {
-      f(length - kLanes, static_cast<int>(kLanes - (length - i)), kLanes, group);
-    } else {
-      f(int64_t{0}, 0, static_cast<int>(length), group);
-    }
-  }
-  flush(group);
-}
 
 template <typename C>
 INLINE Keep<C> lanes_between(int first, int n) {
@@ -147,22 +126,15 @@ INLINE Keep<C> lanes_between(int first, int n) {
   return keep;
 }
 
-template <typename C>
-INLINE void add_to_memory(double* to, Pack<C> v) {
-  Sums<C> sums = load_sums<C>(to);
-  add_to(sums, widen(v));
-  store_sums<C>(to, sums);
-}
-
 // Sums of x - shift and of its square.
 template <typename C>
 struct Moments {
-  Pack<C> sum, square;
-  INLINE Moments zero() { return {broadcast(C(0)), broadcast(C(0))}; }
-  [[gnu::always_inline]] void add(Pack<C> x, Pack<C> shift) {
-    const Pack<C> difference = x - shift;
-    sum = sum + difference;
-    square = multiply_add(difference, difference, square);
+  Sums<C> sum, square;
+  template <typename Wide>
+  [[gnu::always_inline]] void add(Pack<C> x, const Wide& shift) {
+    const auto difference = widen(x) - shift;
+    add_to(sum, difference);
+    add_product_to(square, difference, difference);
   }
 };
 
@@ -170,26 +142,21 @@ template <typename T>
 void planes_statistics(const T* channel, const Shape& shape, int64_t begin, int64_t end, Compute<T> shift, double* sums) {
   using C = Compute<T>;
   constexpr int kLanes = Pack<C>::kLanes;
-  const Pack<C> wide_shift = broadcast(shift);
-  Sums<C> sum = zero_sums<C>(), square = zero_sums<C>();
+  const Pack<C> narrow = broadcast(shift);
+  const auto wide = widen(narrow);
+  Moments<C> moments = {zero_sums<C>(), zero_sums<C>()};
   const int64_t stride = shape.channels * shape.positions;
   for_planes<false>(shape, begin, end, [&](int64_t n, int64_t from, int64_t length) __attribute__((always_inline)) {
     const T* x = channel + n * stride + from;
-    for_groups<kLanes, Moments<C>>(
-        length,
-        [&](int64_t i, int first, int count, Moments<C>& group) __attribute__((always_inline)) {
-          Pack<C> v = load_n(x + i, count);
-          // Lanes that do not count take the shift's place, whose difference is zero.
-          if (first != 0 || count != kLanes) v = choose(lanes_between<C>(first, count), v, wide_shift);
-          group.add(v, wide_shift);
-        },
-        [&](const Moments<C>& group) __attribute__((always_inline)) {
-          add_to(sum, widen(group.sum));
-          add_to(square, widen(group.square));
-        });
+    for_packs<kLanes>(length, [&](int64_t i, int first, int count) __attribute__((always_inline)) {
+      Pack<C> v = load_n(x + i, count);
+      // Lanes that do not count take the shift's place, whose difference is zero.
+      if (first != 0 || count != kLanes) v = choose(lanes_between<C>(first, count), v, narrow);
+      moments.add(v, wide);
+    });
   });
-  sums[0] += total(sum);
-  sums[1] += total(square);
+  sums[0] += total(moments.sum);
+  sums[1] += total(moments.square);
 }
 
 // A group of rows is walked a pack of channels at a time, which no machine recognizes as a stream: fetch what lies this many values
@@ -209,16 +176,17 @@ INLINE void rows_statistics_group(const T* x, int64_t channels, const Compute<T>
   for_packs<kLanes>(channels, [&](int64_t i, int first, int count) __attribute__((always_inline)) {
     const bool partial = first != 0 || count != kLanes;
     const Keep<C> keep = lanes_between<C>(first, count);
-    const Pack<C> k = load(shift + i);
-    Moments<C> group = Moments<C>::zero();
+    const Pack<C> narrow = load(shift + i);
+    const auto wide = widen(narrow);
+    Moments<C> moments = {load_sums<C>(sum + i), load_sums<C>(square + i)};
     for (int r = 0; r < kRows; ++r) {
       __builtin_prefetch(ahead + r * channels + i);
       Pack<C> v = load_n(x + r * channels + i, count);
-      if (partial) v = choose(keep, v, k);
-      group.add(v, k);
+      if (partial) v = choose(keep, v, narrow);
+      moments.add(v, wide);
     }
-    add_to_memory(sum + i, group.sum);
-    add_to_memory(square + i, group.square);
+    store_sums<C>(sum + i, moments.sum);
+    store_sums<C>(square + i, moments.square);
   });
 }
 
@@ -265,10 +233,10 @@ enum class Second { kNone, kTensor, kNormalized };
 // The constants of both branches, for a channel of planes or for rows.
 template <typename C, template <typename> class Constant>
 struct ForwardConstants {
-  Constant<C> mean, scale, bias, mean2, scale2, bias2;
+  Constant<C> mean, scale, bias, mean2, scale2;
   INLINE ForwardConstants of(const Affine<C>& a, const Affine<C>& b, int64_t channel) {
     return {Constant<C>::at(a.mean, channel), Constant<C>::at(a.scale, channel), Constant<C>::at(a.bias, channel),
-            Constant<C>::at(b.mean, channel), Constant<C>::at(b.scale, channel), Constant<C>::at(b.bias, channel)};
+            Constant<C>::at(b.mean, channel), Constant<C>::at(b.scale, channel)};
   }
 };
 
@@ -282,9 +250,10 @@ INLINE void forward_run(const ForwardArguments<T>& a, const ForwardConstants<Com
   T* output = a.output + at;
   const bool relu = a.relu, stream_output = a.stream;
   for_packs<kLanes>(length, [&](int64_t i, int first, int n) __attribute__((always_inline)) {
-    Pack<C> v = apply<C>(load_n(input + i, n), k.mean[i], k.scale[i], k.bias[i]);
+    Pack<C> bias = k.bias[i];
+    if constexpr (S == Second::kNormalized) bias = apply<C>(load_n(residual + i, n), k.mean2[i], k.scale2[i], bias);
+    Pack<C> v = apply<C>(load_n(input + i, n), k.mean[i], k.scale[i], bias);
     if constexpr (S == Second::kTensor) v = v + load_n(residual + i, n);
-    if constexpr (S == Second::kNormalized) v = v + apply<C>(load_n(residual + i, n), k.mean2[i], k.scale2[i], k.bias2[i]);
     finish<T, Mask>(v, relu, stream_output, output, mask, i, first, n);
   });
 }
@@ -352,44 +321,48 @@ INLINE Pack<Compute<T>> behind_relu(Pack<Compute<T>> grad, const uint8_t* mask, 
 // Sums of grad, grad (input - mean) and grad (input2 - mean2).
 template <typename C, bool Two>
 struct GradientSums {
-  Pack<C> grad, xmu, xmu2;
-  INLINE GradientSums zero() { return {broadcast(C(0)), broadcast(C(0)), broadcast(C(0))}; }
-  [[gnu::always_inline]] void add(Pack<C> g, Pack<C> difference, Pack<C> difference2) {
-    grad = grad + g;
-    xmu = multiply_add(g, difference, xmu);
-    if constexpr (Two) xmu2 = multiply_add(g, difference2, xmu2);
-  }
+  Sums<C> grad, xmu, xmu2;
+};
+
+// What a channel's gradient is reduced with.
+template <typename C, bool Two>
+struct ReduceConstants {
+  using Wide = decltype(widen(Pack<C>{}));
+  Pack<C> mean, scale, bias;
+  Wide wide_mean, wide_mean2;
 };
 
 template <typename T, KeepFrom K, bool Two>
 INLINE void reduce_pack(const T* g, const T* x, const T* x2, const uint8_t* mask, int64_t i, int first, int n,
-                        Pack<Compute<T>> mean, Pack<Compute<T>> scale, Pack<Compute<T>> bias, Pack<Compute<T>> mean2,
-                        GradientSums<Compute<T>, Two>& group) {
+                        const ReduceConstants<Compute<T>, Two>& k, GradientSums<Compute<T>, Two>& sums) {
   using C = Compute<T>;
-  Pack<C> difference = load_n(x, n) - mean;
-  Pack<C> difference2 = difference;
-  if constexpr (Two) difference2 = load_n(x2, n) - mean2;
-  Pack<C> grad = behind_relu<T, K>(load_n(g, n), mask, i, first, n, multiply_add(difference, scale, bias));
+  Pack<C> value = load_n(x, n);
+  Pack<C> value2 = Two ? load_n(x2, n) : value;
+  Pack<C> normalized = value;
+  if constexpr (K == KeepFrom::kInput) normalized = apply(value, k.mean, k.scale, k.bias);
+  Pack<C> grad = behind_relu<T, K>(load_n(g, n), mask, i, first, n, normalized);
   if (first != 0 || n != Pack<C>::kLanes) {
     // Both factors, for 0 times Inf is not 0.
     const Keep<C> keep = lanes_between<C>(first, n);
     grad = select(keep, grad);
-    difference = select(keep, difference);
-    if constexpr (Two) difference2 = select(keep, difference2);
+    value = select(keep, value);
+    if constexpr (Two) value2 = select(keep, value2);
   }
-  group.add(grad, difference, difference2);
+  const auto wide = widen(grad);
+  add_to(sums.grad, wide);
+  add_product_to(sums.xmu, wide, widen(value) - k.wide_mean);
+  if constexpr (Two) add_product_to(sums.xmu2, wide, widen(value2) - k.wide_mean2);
 }
 
 template <typename T, KeepFrom K, bool Two>
-void planes_reduce_as(const BackwardArguments<T>& a, int64_t channel, int64_t begin, int64_t end, double* sums) {
+void planes_reduce_as(const BackwardArguments<T> a, int64_t channel, int64_t begin, int64_t end, double* sums) {
   using C = Compute<T>;
-  using Group = GradientSums<C, Two>;
   constexpr int kLanes = Pack<C>::kLanes;
-  const auto mean = Uniform<C>::at(a.affine.mean, channel).value;
-  const auto scale = Uniform<C>::at(a.affine.scale, channel).value;
-  const auto bias = Uniform<C>::at(a.affine.bias, channel).value;
-  const auto mean2 = Uniform<C>::at(a.mean2, channel).value;
-  Sums<C> s = zero_sums<C>(), q = zero_sums<C>(), q2 = zero_sums<C>();
+  const Pack<C> mean = Uniform<C>::at(a.affine.mean, channel).value;
+  const ReduceConstants<C, Two> constants = {mean, Uniform<C>::at(a.affine.scale, channel).value,
+                                             Uniform<C>::at(a.affine.bias, channel).value, widen(mean),
+                                             widen(Uniform<C>::at(a.mean2, channel).value)};
+  GradientSums<C, Two> group = {zero_sums<C>(), zero_sums<C>(), zero_sums<C>()};
   for_planes<false>(a.shape, begin, end, [&](int64_t n, int64_t from, int64_t length) __attribute__((always_inline)) {
     const int64_t plane = n * a.shape.channels + channel;
     const int64_t at = plane * a.shape.positions + from;
@@ -397,20 +370,13 @@ void planes_reduce_as(const BackwardArguments<T>& a, int64_t channel, int64_t be
     const T* g = a.grad_output + at;
     const T* x = a.input + at;
     const T* x2 = Two ? a.input2 + at : nullptr;
-    for_groups<kLanes, Group>(
-        length,
-        [&](int64_t i, int first, int count, Group& group) __attribute__((always_inline)) {
-          reduce_pack<T, K, Two>(g + i, x + i, x2 + i, mask, i, first, count, mean, scale, bias, mean2, group);
-        },
-        [&](const Group& group) __attribute__((always_inline)) {
-          add_to(s, widen(group.grad));
-          add_to(q, widen(group.xmu));
-          if constexpr (Two) add_to(q2, widen(group.xmu2));
-        });
+    for_packs<kLanes>(length, [&](int64_t i, int first, int count) __attribute__((always_inline)) {
+      reduce_pack<T, K, Two>(g + i, x + i, x2 + i, mask, i, first, count, constants, group);
+    });
   });
-  sums[0] += total(s);
-  sums[1] += total(q);
-  if (Two) sums[2] += total(q2);
+  sums[0] += total(group.grad);
+  sums[1] += total(group.xmu);
+  if (Two) sums[2] += total(group.xmu2);
 }
 
 template <typename T, KeepFrom K, bool Two, int kRows>
@@ -425,20 +391,20 @@ INLINE void rows_reduce_group(const BackwardArguments<T>& a, int64_t row, double
   const int64_t ahead = fetch_ahead<T>(channels);
   for_packs<kLanes>(channels, [&](int64_t i, int first, int n) __attribute__((always_inline)) {
     const Pack<C> mean = load(a.affine.mean + i);
-    const Pack<C> scale = K == KeepFrom::kInput ? load(a.affine.scale + i) : mean;
-    const Pack<C> bias = K == KeepFrom::kInput ? load(a.affine.bias + i) : mean;
-    const Pack<C> mean2 = Two ? load(a.mean2 + i) : mean;
-    GradientSums<C, Two> group = GradientSums<C, Two>::zero();
+    const ReduceConstants<C, Two> constants = {mean, K == KeepFrom::kInput ? load(a.affine.scale + i) : mean,
+                                               K == KeepFrom::kInput ? load(a.affine.bias + i) : mean, widen(mean),
+                                               widen(Two ? load(a.mean2 + i) : mean)};
+    GradientSums<C, Two> group = {load_sums<C>(sum + i), load_sums<C>(xmu + i), Two ? load_sums<C>(xmu2 + i) : zero_sums<C>()};
     for (int r = 0; r < kRows; ++r) {
       const int64_t at = r * channels + i;
       __builtin_prefetch(g + ahead + at);
       __builtin_prefetch(x + ahead + at);
       if constexpr (Two) __builtin_prefetch(x2 + ahead + at);
-      reduce_pack<T, K, Two>(g + at, x + at, x2 + at, mask + r * mask_bytes, i, first, n, mean, scale, bias, mean2, group);
+      reduce_pack<T, K, Two>(g + at, x + at, x2 + at, mask + r * mask_bytes, i, first, n, constants, group);
     }
-    add_to_memory(sum + i, group.grad);
-    add_to_memory(xmu + i, group.xmu);
-    if constexpr (Two) add_to_memory(xmu2 + i, group.xmu2);
+    store_sums<C>(sum + i, group.grad);
+    store_sums<C>(xmu + i, group.xmu);
+    if constexpr (Two) store_sums<C>(xmu2 + i, group.xmu2);
   });
 }
 

@@ -209,6 +209,12 @@ INLINE void add_to(Sums<double>& sums, Pack<double> v) {
   for (int p = 0; p < Sums<double>::kRegisters; ++p) sums.part[p] += v.part[p];
 }
 
+INLINE void add_product_to(Sums<double>& sums, Pack<double> a, Pack<double> b) {
+  for (int p = 0; p < Sums<double>::kRegisters; ++p) {
+    sums.part[p] = register_multiply_add(a.part[p], b.part[p], sums.part[p]);
+  }
+}
+
 // A pack of the wider type, where double is the wider type of float and of itself.
 struct Widened {
   Registers<double>::Value part[Sums<float>::kRegisters];
@@ -224,6 +230,17 @@ INLINE Widened widen(Pack<float> v) {
 }
 
 INLINE Pack<double> widen(Pack<double> v) { return v; }
+
+INLINE Widened operator-(Widened a, Widened b) {
+  for (int p = 0; p < Sums<float>::kRegisters; ++p) a.part[p] -= b.part[p];
+  return a;
+}
+
+INLINE void add_product_to(Sums<float>& sums, Widened a, Widened b) {
+  for (int p = 0; p < Sums<float>::kRegisters; ++p) {
+    sums.part[p] = register_multiply_add(a.part[p], b.part[p], sums.part[p]);
+  }
+}
 
 INLINE void add_to(Sums<float>& sums, Widened v) {
   for (int p = 0; p < Sums<float>::kRegisters; ++p) sums.part[p] += v.part[p];

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import layout, reference
 
@@ -361,13 +362,30 @@ def _backward_through(name: str):
     return backward
 
 
+class _AutogradLibrary(torch.library.Library):
+    """Sends calls in forward-mode AD, whose tangents torch.library's kernels would drop without a word, to the reference."""
+
+    def impl(self, op_name, fn, dispatch_key="", **options):
+        def kernel(keyset, *args, **kwargs):
+            if forward_ad._current_level >= 0 and any(map(_has_tangent, (*args, *kwargs.values()))):
+                return getattr(reference, op_name)(*args, **kwargs)
+            return fn(keyset, *args, **kwargs)
+
+        return super().impl(op_name, kernel, dispatch_key, **options)
+
+
+def _has_tangent(value) -> bool:
+    return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
+
+
+_REGISTRATIONS = _AutogradLibrary("resnet_fused", "FRAGMENT")
+
+
 def register() -> None:
     """Hands the formulas to torch.library."""
-    for formula in FORMULAS:
+    formulas = [(f.name, f.backward, f.setup_context) for f in FORMULAS]
+    formulas += [(name, _backward_through(name), _save_inputs) for name in THROUGH_REFERENCE]
+    for name, backward, setup_context in formulas:
         torch.library.register_autograd(
-            f"resnet_fused::{formula.name}", formula.backward, setup_context=formula.setup_context
-        )
-    for name in THROUGH_REFERENCE:
-        torch.library.register_autograd(
-            f"resnet_fused::{name}", _backward_through(name), setup_context=_save_inputs
+            f"resnet_fused::{name}", backward, setup_context=setup_context, lib=_REGISTRATIONS
         )

@@ -46,6 +46,12 @@ def current() -> str:
     return _choice.get()
 
 
+@torch.compiler.assume_constant_result
+def _current_while_compiling() -> str:
+    """The choice as a constant of the compiled graph: Dynamo of some torch versions cannot trace a context variable."""
+    return _choice.get()
+
+
 def why_not_compiled(device: torch.device) -> str | None:
     """Why the compiled kernels do not serve ``device``; None where they do."""
     if device.type in _COMPILED_DEVICES:
@@ -59,14 +65,15 @@ def is_fused(input: Tensor) -> bool:
     Raises:
         RuntimeError: the compiled backend was asked for and does not serve the device of ``input``.
     """
-    choice = _choice.get()
-    if choice == "reference" or input.dtype not in DTYPES:
+    compiling = torch.compiler.is_compiling()
+    choice = _current_while_compiling() if compiling else _choice.get()
+    if choice == "reference" or input.dtype not in DTYPES or input.layout is not torch.strided:
         return False
     if input.device.type not in _COMPILED_DEVICES:
         if choice == "compiled":
             raise RuntimeError(f"the backend 'compiled' was asked for, but {why_not_compiled(input.device)}")
         return False
-    if torch.compiler.is_compiling():
+    if compiling:
         return True
     # functorch's transforms and forward-mode AD differentiate torch's operations, not ours.
     if torch._C._functorch.peek_interpreter_stack() is not None:
@@ -78,5 +85,5 @@ def is_fused(input: Tensor) -> bool:
 
 
 def _is_wrapper(input: Tensor) -> bool:
-    """Tensors that stand for others, such as DTensor: they know torch's operators and not ours. Sparse ones are none of ours."""
+    """Tensors that stand for others, such as DTensor: they know torch's operators and not ours."""
     return torch.utils._python_dispatch.is_traceable_wrapper_subclass(input)

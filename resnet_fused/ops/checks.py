@@ -1,6 +1,7 @@
 """What the operators refuse, in the words of ``csrc/checks.h``: run by the fake kernels and before the reference."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import layout
@@ -86,3 +87,63 @@ def batch_norm(input, weight=None, bias=None, residual=None) -> None:
     per_channel(weight, "weight", input)
     per_channel(bias, "bias", input)
     same_shape(residual, "residual", input)
+
+
+def promotes(other: Tensor, name: str, input: Tensor, relu: bool) -> None:
+    """``other``, of another dtype than ``input``, can be added to it, and the ReLU of the sum taken."""
+    try:
+        dtype = torch.promote_types(input.dtype, other.dtype)
+    except RuntimeError as error:
+        raise RuntimeError(f"{name} cannot be added to input: {error}") from None
+    if relu and dtype.is_complex and not input.is_complex():
+        raise NotImplementedError(f"{name} is {_name(other.dtype)}, and there is no ReLU of a complex number")
+
+
+def unfused_batch_norm(input, running_mean, running_var, weight, bias, suffix: str = "") -> None:
+    """Refuses, by name, what ``torch.nn.functional.batch_norm`` refuses after it wrote running statistics or namelessly.
+
+    What passes here torch may still refuse, before it writes.
+    """
+    if not isinstance(input, Tensor) or input.dim() < 2:
+        return
+    on_cpu = input.device.type == "cpu"
+    if on_cpu and input.dtype not in DTYPES:
+        raise NotImplementedError(
+            f"input{suffix} must be float64, float32, bfloat16 or float16, got {_name(input.dtype)}"
+        )
+    allowed = (input.dtype,) if input.dtype == torch.float64 else (input.dtype, torch.float32)
+    first = None
+    for name, vector in (("weight", weight), ("bias", bias), ("running_mean", running_mean), ("running_var", running_var)):
+        if not isinstance(vector, Tensor):
+            continue
+        same_device(vector, name + suffix, input)
+        if vector.requires_grad and name.startswith("running") and torch.is_grad_enabled():
+            raise RuntimeError(f"{name}{suffix} must not require a gradient: batch_norm is not differentiable in it")
+        if vector.numel() != input.shape[1]:
+            raise RuntimeError(
+                f"{name}{suffix} must have shape [{input.shape[1]}], one value a channel of input{suffix}, "
+                f"got {list(vector.shape)}"
+            )
+        if not on_cpu:
+            continue  # which dtypes go together is each device's own affair
+        if vector.dtype not in allowed:
+            raise RuntimeError(
+                f"{name}{suffix} must be {' or '.join(dict.fromkeys(map(_name, allowed)))} for "
+                f"{_name(input.dtype)} input{suffix}, got {_name(vector.dtype)}"
+            )
+        if first is None:
+            first = name, vector.dtype
+        elif vector.dtype != first[1]:
+            raise RuntimeError(
+                f"{name}{suffix} must have the dtype of {first[0]}{suffix}, got {_name(vector.dtype)} and {_name(first[1])}"
+            )
+
+
+def unfused_batch_norm_options(running_mean, running_var, weight, bias, training, momentum, eps) -> None:
+    """Has torch refuse what does not hang on the data, on a batch of its own: nothing of the caller's is written."""
+
+    def one_channel(vector):
+        return torch.ones(1) if isinstance(vector, Tensor) else vector
+
+    vectors = map(one_channel, (running_mean, running_var, weight, bias))
+    F.batch_norm(torch.zeros(2, 1), *vectors, training, momentum, eps)

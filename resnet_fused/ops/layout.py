@@ -17,14 +17,19 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _positions(input: Tensor) -> int:
+    """H·W, of however many dimensions."""
+    positions = 1
+    for size in input.shape[2:]:
+        positions = positions * size
+    return positions
+
+
 def channels_innermost(input: Tensor) -> bool:
     """Whether a row of ``input`` is a pixel (True) or a plane (False)."""
     if input.dim() == 2:
         return True
-    positions = 1
-    for size in input.shape[2:]:
-        positions = positions * size
-    return bool(positions == 1) or suggest_memory_format(input) != torch.contiguous_format
+    return bool(_positions(input) == 1) or suggest_memory_format(input) != torch.contiguous_format
 
 
 def dense(input: Tensor, like: Tensor) -> Tensor:
@@ -34,10 +39,10 @@ def dense(input: Tensor, like: Tensor) -> Tensor:
 
 def rows(input: Tensor) -> Tensor:
     """(N, C, *) as (outer, inner) rows in memory order; copies where ``input`` has gaps."""
-    channels = input.shape[1]
+    batch, channels, positions = *input.shape[:2], _positions(input)
     if channels_innermost(input):
-        return input.movedim(1, -1).reshape(-1, channels)
-    return input.reshape(input.shape[0] * channels, -1) if input.numel() else input.new_empty(input.shape[0] * channels, 0)
+        return input.movedim(1, -1).reshape(batch * positions, channels)
+    return input.reshape(batch * channels, positions)
 
 
 def unrows(flat: Tensor, like: Tensor) -> Tensor:
@@ -50,10 +55,7 @@ def unrows(flat: Tensor, like: Tensor) -> Tensor:
 
 def mask_shape(input: Tensor) -> tuple[int, int]:
     """Shape of the packed mask for a tensor like ``input``."""
-    channels = input.shape[1]
-    positions = 1
-    for size in input.shape[2:]:
-        positions = positions * size
+    channels, positions = input.shape[1], _positions(input)
     if channels_innermost(input):
         return input.shape[0] * positions, (channels + 7) // 8
     return input.shape[0] * channels, (positions + 7) // 8
@@ -64,7 +66,7 @@ def pack(keep: Tensor) -> Tensor:
     outer, inner = keep.shape
     padded = torch.nn.functional.pad(keep.to(torch.uint8), (0, -inner % 8))
     bits = torch.tensor(_BITS, dtype=torch.uint8, device=keep.device)
-    return (padded.reshape(outer, -1, 8) * bits).sum(-1, dtype=torch.uint8) if inner else padded.new_empty(outer, 0)
+    return (padded.reshape(outer, (inner + 7) // 8, 8) * bits).sum(-1, dtype=torch.uint8)
 
 
 def unpack(mask: Tensor, inner: int) -> Tensor:

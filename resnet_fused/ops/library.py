@@ -1,5 +1,7 @@
 """Finds and loads the shared objects that ``setup.py`` builds."""
 
+import ctypes
+import functools
 import pathlib
 
 import torch
@@ -13,10 +15,21 @@ def path(name: str) -> pathlib.Path:
 
 
 def load() -> None:
-    for name in ("_ops", "_cpu") if path("_cpu").is_file() else ("_ops",):
+    for name in ("_ops", "_cpu"):
         if not path(name).is_file():
             raise ImportError(
                 f"resnet_fused is not built: {path(name).name} is missing from the package. "
                 "Install it with `pip install --no-build-isolation .`, or run `make setup` in a clone."
             )
         torch.ops.load_library(path(name))
+
+
+@functools.cache
+def cpu_capability() -> str:
+    """The instruction set of the CPU kernels in use: ``"avx512"``, ``"avx2"`` or ``"default"``.
+
+    It is the best that the machine has; ``RESNET_FUSED_CPU_CAPABILITY``, read as the package is imported, asks for a lower one.
+    """
+    function = ctypes.CDLL(str(path("_cpu"))).resnet_fused_cpu_capability
+    function.restype = ctypes.c_char_p
+    return function().decode()

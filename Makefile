@@ -1,0 +1,106 @@
+# Every target sets up what it needs by itself, from nothing but Python 3.10+ and a C++ compiler, and is quick the second time.
+#
+#   TORCH        what pip installs for torch, such as TORCH='torch==2.13.0 torchvision==0.28.0'
+#   OTHER_TORCH  the version under which test-other-torch runs the wheel
+#   ARGS         further arguments of demo, bench and pytest, such as ARGS='--channels-last'
+# pip's own variables (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, ...) choose where packages come from.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+TORCH ?= torch==2.14.1 torchvision==0.29.1
+OTHER_TORCH ?= 2.13.0
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+DEPENDENCIES := $(VENV)/.dependencies
+BUILT := $(VENV)/.built
+OTHER_VENV := build/venv-torch-$(OTHER_TORCH)
+CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+# What runs under another torch: all but the tests that need the checkout, or torchvision, which fits one torch alone.
+OPERATOR_TESTS ?= $(filter-out tests/test_cli.py tests/test_packaging.py tests/test_fus% tests/test_conver%,$(wildcard tests/*.py))
+
+.PHONY: help setup demo test lint pytest bench wheel test-other-torch audit clean
+
+help:
+	@echo "make setup   install the dependencies into $(VENV) and build the libraries"
+	@echo "make demo    train a ResNet eager and fused, in turn, and compare the two"
+	@echo "make test    lint and tests"
+	@echo "make lint    ruff, clang-format and the include guard of the stable ABI"
+	@echo "make bench   the benchmarks' short profile (ARGS=--full for all of it)"
+	@echo "make wheel   the cp310-abi3 wheel, in dist"
+	@echo "make test-other-torch  the operators' tests with the wheel under torch $(OTHER_TORCH)"
+	@echo "make audit   torch-abi-audit on the libraries"
+
+setup: $(BUILT)
+	@echo 'resnet_fused is built; $(BIN)/python has it.'
+
+demo: $(BUILT)
+	@$(BIN)/python -m resnet_fused demo $(ARGS)
+
+test: lint pytest
+
+lint: $(DEPENDENCIES)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+	$(BIN)/python tools/check_includes.py
+
+pytest: $(BUILT)
+	$(BIN)/python -m pytest tests $(ARGS)
+
+bench: $(BUILT)
+	$(BIN)/python -m pytest benchmarks $(ARGS)
+
+wheel: $(BUILT)
+	rm -rf dist build/lib*
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	$(BIN)/python tools/check_wheel.py dist/*.whl
+
+# Outside the source tree, so that the package that is tested is the one that was installed.
+test-other-torch: wheel
+	$(PYTHON) -m venv $(OTHER_VENV)
+	$(OTHER_VENV)/bin/python -m pip install --quiet torch==$(OTHER_TORCH) pytest hypothesis expecttest numpy
+	$(OTHER_VENV)/bin/python -m pip install --quiet --force-reinstall --no-deps dist/*.whl
+	$(OTHER_VENV)/bin/python -m pip install --quiet tabulate
+	directory=$$(mktemp -d); trap 'rm -rf "$$directory"' EXIT; cp $(OPERATOR_TESTS) "$$directory"; cd "$$directory"; \
+	unset PYTHONPATH; python=$(CURDIR)/$(OTHER_VENV)/bin/python; \
+	$$python -c 'import resnet_fused, sys, torch; path = resnet_fused.__file__; assert path.startswith(sys.prefix), path; \
+	print("resnet_fused from", path, "under torch", torch.__version__)'; \
+	$$python -m pytest .
+
+audit: $(BUILT)
+	$(BIN)/python -m pip install --quiet torch-abi-audit==0.3.0
+	for library in resnet_fused/*.so; do $(BIN)/torch-abi-audit --check torch "$$library"; done
+
+clean:
+	rm -rf build dist $(BUILT) *.egg-info resnet_fused/*.so
+
+$(BIN)/python:
+	@for python in $(PYTHON) python3.14 python3.13 python3.12 python3.11 python3.10; do \
+	  if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then found=$$python; break; fi; \
+	done; \
+	if [ -z "$${found:-}" ]; then \
+	  echo 'resnet_fused needs Python 3.10 or newer: install one, or name it with make PYTHON=...' >&2; exit 1; \
+	fi; \
+	if ! "$$found" -m venv $(VENV) >$(VENV).log 2>&1; then \
+	  rm -rf $(VENV) $(VENV).log; \
+	  echo "resnet_fused needs Python's venv module, which $$found lacks (Debian, Ubuntu: apt install python3-venv)." >&2; exit 1; \
+	fi; rm -f $(VENV).log
+
+$(DEPENDENCIES): pyproject.toml tools/requirements.py | $(BIN)/python
+	@echo 'Installing the dependencies into $(VENV); the first time takes some minutes.'
+	@$(BIN)/python tools/requirements.py demo test lint > $@.txt
+	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --quiet $(TORCH) -r $@.txt
+	@touch $@
+
+# In place, and on the environment's path: setuptools' editable install would compile everything again each time.
+$(BUILT): $(DEPENDENCIES) setup.py $(CXX_SOURCES)
+	@echo 'Building the libraries; the first time takes some minutes.'
+	@mkdir -p build; $(BIN)/python setup.py build_ext --inplace >build/build.log 2>&1 || { cat build/build.log >&2; exit 1; }
+	@$(BIN)/python -c 'import pathlib, sysconfig; \
+	pathlib.Path(sysconfig.get_path("purelib"), "resnet_fused.pth").write_text("$(CURDIR)\n")'
+	@touch $@

@@ -1,0 +1,111 @@
+"""Blocks and whole networks: fused beside eager and torch.compile, training and inference."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models import get_model
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from resnet_fused import fuse
+
+from .check import assert_no_worse, assert_same_training_step
+from .operator import LAYOUTS
+
+# (block, channels in, planes, stride, input size), at 224x224 images: the first block of a stage and a later one.
+BLOCKS = {
+    "BasicBlock 64": (BasicBlock, 64, 64, 1, 56),
+    "BasicBlock 128, projection": (BasicBlock, 64, 128, 2, 56),
+    "Bottleneck 256": (Bottleneck, 256, 64, 1, 56),
+    "Bottleneck 512, projection": (Bottleneck, 256, 128, 2, 56),
+}
+
+
+def block(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
+    """A torchvision block, and the (C, H, W) of its input."""
+    kind, channels, planes, stride, size = BLOCKS[name]
+    downsample = None
+    if stride != 1 or channels != planes * kind.expansion:
+        convolution = nn.Conv2d(channels, planes * kind.expansion, 1, stride, bias=False)
+        downsample = nn.Sequential(convolution, nn.BatchNorm2d(planes * kind.expansion))
+    # fuse() looks at the modules of a model: the block stands in one.
+    return nn.Sequential(kind(channels, planes, stride, downsample)), (channels, size, size)
+
+
+class Network:
+    """A model three times from the same weights, with a batch of random input."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        shape: tuple[int, ...],
+        layout: str = "nchw",
+        dtype: torch.dtype = torch.float32,
+        training: bool = True,
+        seed: int = 0,
+    ):
+        generator = torch.Generator().manual_seed(seed)
+        self.memory_format = LAYOUTS[layout]
+        self.training, self.dtype = training, dtype
+        model = model.to(dtype, memory_format=self.memory_format).train(training)
+        images = torch.randn(shape, generator=generator)
+        self.images = images.to(dtype, memory_format=self.memory_format)
+        self.labels = torch.randint(10, shape[:1], generator=generator)
+        self.models = {"eager": model, "fused": fuse(copy.deepcopy(model)), "compile": copy.deepcopy(model)}
+
+    @classmethod
+    def named(cls, name: str, batch: int, image_size: int = 224, **options) -> "Network":
+        """A torchvision model."""
+        torch.manual_seed(0)
+        return cls(get_model(name, weights=None), (batch, 3, image_size, image_size), **options)
+
+    def call(self, variant: str) -> Callable[[], object]:
+        """A training step (zero_grad, forward, loss, backward, SGD), or a forward in inference."""
+        model = self.models[variant]
+        forward = model
+        if variant == "compile":
+            torch._dynamo.reset()
+            forward = torch.compile(model, dynamic=False)
+        if not self.training:
+            return lambda: _infer(forward, self.images)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+
+        def step() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            _loss(forward(self.images), self.labels).backward()
+            optimizer.step()
+
+        return step
+
+    def check(self, images: int = 2) -> None:
+        """Holds the fused model against float64, on a few images; the models themselves stay as they are.
+
+        Raises:
+            AssertionError: it is further from float64 than eager, beyond what rounding explains.
+        """
+        x, labels = self.images[:images], self.labels[:images]
+        eager, fused = (copy.deepcopy(self.models[name]) for name in ("eager", "fused"))
+        reference = copy.deepcopy(eager).double()
+        if not self.training:
+            fused, eager, exact = (_infer(m, x.to(next(m.parameters()).dtype)) for m in (fused, eager, reference))
+            # The roundings of many layers are two draws of one size, which differ by a small factor.
+            assert_no_worse("output", fused, exact, exact + 4 * (eager.double() - exact), exact)
+            return
+
+        def step(model: nn.Module) -> Tensor:
+            loss = _loss(model(x.to(next(model.parameters()).dtype)), labels)
+            loss.backward()
+            return loss
+
+        assert_same_training_step(eager, fused, reference, step)
+
+
+def _infer(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return model(images)
+
+
+def _loss(output: Tensor, labels: Tensor) -> Tensor:
+    return output.square().mean() if output.dim() == 4 else F.cross_entropy(output, labels)

@@ -1,0 +1,106 @@
+"""``python -m resnet_fused doctor | report MODEL | demo``."""
+
+import argparse
+import json
+import sys
+
+from . import __version__
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command.
+
+    Returns:
+        The exit code: 0, 1 where the doctor finds no fused kernels for the CPU, 2 for a wrong argument.
+    """
+    options = _parser().parse_args(arguments)
+    return options.command(options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m resnet_fused", description="BatchNorm, residual add and ReLU as one PyTorch operator."
+    )
+    parser.add_argument("--version", action="version", version=f"resnet_fused {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    text = "Show versions and devices, and which backend serves each device and why."
+    doctor = commands.add_parser("doctor", help=text, description=text)
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.set_defaults(command=_doctor)
+
+    text = "Show for every BatchNorm of a model what it is fused with, or why not."
+    report = commands.add_parser("report", help=text, description=text)
+    report.add_argument("model", metavar="MODEL", help="a torchvision model such as resnet50, or module:callable")
+    report.set_defaults(command=_report)
+
+    text = "Train a torchvision ResNet eager and fused, in turn, on scikit-learn's digits, and compare the two."
+    demo = commands.add_parser("demo", help=text, description=text)
+    demo.add_argument("--model", default="resnet18", help="a torchvision ResNet (default: %(default)s)")
+    demo.add_argument("--epochs", type=_positive, default=3, help="passes over the images (default: %(default)s)")
+    demo.add_argument("--batch-size", type=_positive, default=64, help="images a step (default: %(default)s)")
+    demo.add_argument("--image-size", type=_positive, default=64, help="side in pixels (default: %(default)s)")
+    demo.add_argument("--images", type=_positive, help="use so many of the images (default: all 1797)")
+    demo.add_argument("--channels-last", action="store_true", help="channels_last weights and images")
+    demo.add_argument("--seed", type=int, default=0, help="of weights and batches (default: %(default)s)")
+    demo.add_argument("--output", default="demo_output/demo.png", help="where the plot goes (default: %(default)s)")
+    demo.set_defaults(command=_demo)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from . import doctor
+
+    findings = doctor.examine()
+    print(json.dumps(findings, indent=2) if options.json else doctor.render(findings))
+    return 0 if doctor.healthy(findings) else 1
+
+
+def _report(options: argparse.Namespace) -> int:
+    from . import report
+
+    try:
+        print(report.report(options.model))
+    except report.ModelError as error:
+        return _refuse(error)
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    try:
+        from . import demo
+    except ModuleNotFoundError as error:
+        return _refuse(f"the demo needs {error.name}: install it with `pip install 'resnet_fused[demo]'`.")
+    from .report import ModelError
+
+    settings = demo.Settings(
+        model=options.model,
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        image_size=options.image_size,
+        images=options.images,
+        channels_last=options.channels_last,
+        seed=options.seed,
+        output=options.output,
+    )
+    try:
+        demo.run(settings)
+    except ModelError as error:
+        return _refuse(error)
+    return 0
+
+
+def _refuse(message: object) -> int:
+    print(f"resnet_fused: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""What the demo and the benchmarks measure with: time of alternatives in turn, and bytes kept for the backward."""
+
+import contextlib
+import gc
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class SavedActivations:
+    """Bytes that autograd keeps for the backward of what runs inside the context.
+
+    Every storage counts once, however many operators save it or a view of it, and with its whole size, for that is
+    what stays allocated. The storages of ``model``'s parameters and buffers do not count; a saved input batch does.
+
+    Example:
+        >>> with SavedActivations(model) as saved:
+        ...     loss = model(images).sum()
+        >>> saved.bytes
+    """
+
+    def __init__(self, model: nn.Module | None = None):
+        self._excluded = set()
+        if model is not None:
+            tensors = (*model.parameters(), *model.buffers())
+            self._excluded = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        self._storages: dict[int, torch.UntypedStorage] = {}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+        self.bytes = 0
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._excluded:
+            # The storage itself is held, lest its address be given out again before all is counted.
+            self._storages[storage.data_ptr()] = storage
+        return tensor
+
+    def __enter__(self) -> "SavedActivations":
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._hooks.__exit__(*exception)
+        self.bytes = sum(storage.nbytes() for storage in self._storages.values())
+        self._storages.clear()
+
+
+@contextlib.contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """Keeps Python's garbage collector from running inside a measurement."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def seconds(function: Callable[[], object], calls: int = 1) -> float:
+    """Wall-clock seconds of one call of ``function``, over ``calls`` calls one after another."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    return (time.perf_counter() - start) / calls
+
+
+def in_turn(
+    functions: Sequence[Callable[[], object]],
+    budget: float = 4.0,
+    minimum_rounds: int = 10,
+    rounds: int | None = None,
+    calls: int = 1,
+) -> list[list[float]]:
+    """Seconds per call of each function, measured in turn (A, B, A, B, ...): noise disturbs all alike.
+
+    Args:
+        functions: the alternatives; each is called twice for warm-up.
+        budget: seconds for all rounds together; there are as many as fit, but no fewer than ``minimum_rounds``.
+        rounds: their exact number, in place of the budget.
+        calls: calls in each timed stretch, for functions too short to time alone.
+    """
+    for function in functions:
+        function()
+    one_round = sum(seconds(function, calls) * calls for function in functions)
+    if rounds is None:
+        rounds = max(minimum_rounds, min(1000, int(budget / one_round)))
+    samples: list[list[float]] = [[] for _ in functions]
+    with without_garbage_collection():
+        for _ in range(rounds):
+            for function, times in zip(functions, samples, strict=True):
+                times.append(seconds(function, calls))
+    return samples
+
+
+def median_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
+    """The ratio of two medians: how many times faster the denominator was."""
+    return statistics.median(numerator) / statistics.median(denominator)
+
+
+def cpu_name() -> str:
+    """The processor's name, as the kernel tells it."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

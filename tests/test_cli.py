@@ -1,0 +1,199 @@
+"""``python -m resnet_fused``: exit codes and what a person reads."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import resnet_fused
+from resnet_fused import __main__ as cli
+from resnet_fused import doctor, measure
+
+
+def run(capsys, *arguments):
+    """Exit code, standard output and standard error of a command."""
+    try:
+        code = cli.main(list(arguments))
+    except SystemExit as error:  # argparse
+        code = error.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_module_runs_as_a_program():
+    result = subprocess.run(
+        [sys.executable, "-m", "resnet_fused", "--version"], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == f"resnet_fused {resnet_fused.__version__}"
+
+
+def test_without_a_command_usage_is_shown(capsys):
+    code, _, err = run(capsys)
+    assert code == 2
+    assert "usage: python -m resnet_fused" in err
+
+
+def test_doctor_names_versions_libraries_and_backends(capsys):
+    code, out, _ = run(capsys, "doctor")
+    assert code == 0
+    for text in (
+        torch.__version__,
+        resnet_fused.__version__,
+        "_ops.abi3.so",
+        "_cpu.abi3.so",
+        "Fused kernels serve the CPU",
+    ):
+        assert text in out
+
+
+def test_doctor_json(capsys):
+    code, out, _ = run(capsys, "doctor", "--json")
+    findings = json.loads(out)
+    cpu = findings["devices"][0]
+    assert code == 0
+    assert (cpu["device"], cpu["backend"], cpu["fused"]) == ("cpu", "compiled", True)
+    assert all(library["loaded"] for library in findings["libraries"])
+
+
+def test_doctor_tells_when_the_reference_serves(capsys):
+    with resnet_fused.backend("reference"):
+        code, out, _ = run(capsys, "doctor")
+    assert code == 1
+    assert "asks for the unfused torch operations" in out
+    assert "do not serve the CPU" in out
+
+
+def test_doctor_does_not_take_the_backend_s_word_where_kernels_are_missing(monkeypatch):
+    monkeypatch.setattr(doctor, "missing_kernels", lambda device: ["add_relu"])
+    served_by, reason = doctor.serves(torch.device("cpu"))
+    assert served_by == "reference"
+    assert "add_relu" in reason
+
+
+def test_doctor_knows_that_meta_tensors_have_no_kernels():
+    assert set(doctor.missing_kernels(torch.device("meta"))) == set(resnet_fused.ops.OPERATORS)
+
+
+def test_report_lists_every_batch_norm(capsys):
+    torchvision = pytest.importorskip("torchvision")
+    code, out, _ = run(capsys, "report", "resnet18")
+    names = [n for n, m in torchvision.models.resnet18().named_modules() if isinstance(m, nn.BatchNorm2d)]
+    assert code == 0
+    assert [name for name in names if name not in out] == []
+    assert f"{len(names)} of {len(names)}" in out
+
+
+def test_report_takes_a_callable_of_any_module(capsys, tmp_path, monkeypatch):
+    (tmp_path / "my_model.py").write_text(
+        "from torch import nn\nclass Zoo:\n    build = staticmethod(lambda: nn.Sequential(nn.BatchNorm2d(3)))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    code, out, _ = run(capsys, "report", "my_model:Zoo.build")
+    assert code == 0
+    assert "BatchNorm2d" in out
+
+
+def test_report_leaves_a_model_that_its_callable_shares(capsys, tmp_path, monkeypatch):
+    (tmp_path / "shared_model.py").write_text(
+        "from torchvision.models import resnet18\nMODEL = resnet18()\nBEFORE = repr(MODEL)\nbuild = lambda: MODEL\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert run(capsys, "report", "shared_model:build")[0] == 0
+    module = sys.modules["shared_model"]
+    assert repr(module.MODEL) == module.BEFORE
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("resnett50", "did you mean resnet50"),
+        ("???", "give module:callable"),
+        ("no_such_module:build", "module 'no_such_module' cannot be imported"),
+        ("torch.nn:Nothing", "module 'torch.nn' has no 'Nothing'"),
+        ("torch.nn:", "module 'torch.nn' has no ''"),
+        ("math:pi", "is a float, which cannot be called"),
+        ("platform:node", "returned str, which is no torch.nn.Module"),
+        ("torch.nn:Linear", "torch.nn:Linear could not be built: TypeError"),
+    ],
+)
+def test_report_refuses_in_one_sentence(capsys, name, sentence):
+    code, out, err = run(capsys, "report", name)
+    assert code == 2
+    assert out == ""
+    assert sentence in err
+    assert err.count("\n") == 1
+
+
+@pytest.fixture
+def one_thread():
+    """On a busy machine threads that wait for each other at every small convolution take many times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_demo_trains_both_networks_and_writes_the_plot(capsys, tmp_path):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    output = tmp_path / "plots" / "demo.png"
+    code, out, _ = run(capsys, "demo", "--epochs", "1", "--images", "40", "--batch-size", "16", "--output", str(output))
+    assert code == 0
+    for text in (
+        "test accuracy",
+        "time per step, median",
+        "saved activations per image",
+        str(output),
+        "runs fused kernels",
+    ):
+        assert text in out
+    assert output.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--epochs", "0"), "must be at least 1, got 0"),
+        (("--images", "40", "--batch-size", "33"), "--batch-size must be at most 32"),
+        (("--model", "resnett18"), "did you mean resnet18"),
+    ],
+)
+def test_demo_refuses_in_one_sentence(capsys, arguments, sentence):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    code, _, err = run(capsys, "demo", *arguments)
+    assert code == 2
+    assert sentence in err
+
+
+def test_saved_activations_count_each_storage_once_and_no_parameter():
+    linear = nn.Linear(4, 8)
+    x = torch.randn(2, 4)
+    with measure.SavedActivations(linear) as saved:
+        hidden = linear(x)  # keeps x and the weight
+        output = hidden[:1] * hidden[1:]  # keeps two views of hidden
+    assert saved.bytes == (x.numel() + hidden.numel()) * 4
+    output.sum().backward()
+    assert linear.weight.grad is not None
+
+
+def test_saved_activations_count_the_bits_of_the_mask():
+    n, c, h, w = 2, 16, 4, 4
+    bn = resnet_fused.BatchNormAddReLU2d(c)
+    x, residual = (torch.randn(n, c, h, w, requires_grad=True) for _ in range(2))
+    with measure.SavedActivations(bn) as saved:
+        bn(x, residual)
+    statistics = 2 * c * 4
+    assert saved.bytes == x.numel() * 4 + statistics + x.numel() // 8
+
+
+def test_alternatives_are_called_in_turn():
+    calls = []
+    samples = measure.in_turn([lambda: calls.append("a"), lambda: calls.append("b")], rounds=3, calls=2)
+    assert [len(times) for times in samples] == [3, 3]
+    # Warm-up: each once and then for as many calls as are timed; then the rounds.
+    assert "".join(calls) == "ab" + "aabb" + 3 * "aabb"

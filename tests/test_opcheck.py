@@ -1,0 +1,141 @@
+"""torch.library.opcheck: schema, fake kernel, autograd registration and tracing of every operator."""
+
+import oracle
+import pytest
+import torch
+from oracle import OPS
+
+from resnet_fused import ops
+
+SHAPE = (2, 9, 3, 5)
+
+
+def _case(form, training, layout, device, dtype=torch.float32):
+    return oracle.make_case(SHAPE, dtype, device, form, training, layout)
+
+
+def _forward_arguments(name, case, requires_grad=False):
+    a = case.branches[0]
+
+    def leaf(tensor):
+        return None if tensor is None else tensor.detach().clone(memory_format=torch.preserve_format).requires_grad_(requires_grad)
+
+    first = (leaf(a.input), leaf(a.weight), leaf(a.bias))
+    running = (a.running_mean, a.running_var)
+    if name == "batch_norm_add_relu_train":
+        return (*first, leaf(case.residual), a.eps, case.relu, True)
+    if name == "batch_norm_add_relu_eval":
+        return (*first, leaf(case.residual), *running, a.eps, case.relu, True)
+    if name == "batch_norm_add_relu_apply":
+        return (*first, leaf(case.residual), *running, case.relu, True)
+    if name == "batch_norm_statistics":
+        return first[:1]
+    if name == "add_relu":
+        return (first[0], leaf(case.grad_output), True)
+    b = case.branches[1]
+    second = (leaf(b.input), leaf(b.weight), leaf(b.bias))
+    if name == "dual_batch_norm_add_relu_train":
+        return (*first, *second, a.eps, b.eps, case.relu, True)
+    assert name == "dual_batch_norm_add_relu_eval"
+    return (*first, *running, *second, b.running_mean, b.running_var, a.eps, b.eps, case.relu, True)
+
+
+def _backward_arguments(name, case):
+    a = case.branches[0]
+    running = (a.running_mean, a.running_var)
+    results = oracle.operator_results(case)
+    mask = results[-1] if results[-1].numel() else None
+    everything = (True, False, True, False)
+    if name == "add_relu_backward":
+        output, mask = OPS.add_relu(a.input, case.grad_output, True)
+        return (case.grad_output.contiguous(memory_format=ops.layout.suggest_memory_format(output)), mask)
+    if name == "update_running_stats":
+        return (*running, *results[1:3], 0.1, 30)
+    common = (case.grad_output, a.input, a.weight, a.bias)
+    if name == "batch_norm_add_relu_train_backward":
+        return (*common, results[1], results[3], mask, case.relu, *everything)
+    if name == "batch_norm_add_relu_eval_backward":
+        return (*common, *running, mask, a.eps, case.relu, *everything)
+    if name == "batch_norm_add_relu_backward_reduce":
+        return (*common, results[1], results[3], mask, case.relu)
+    if name == "batch_norm_add_relu_backward_apply":
+        return (*common, results[1], results[3], mask, *running, case.relu, True, True)
+    b = case.branches[1]
+    start, needs = (case.grad_output, a.input, a.weight), (True, True, False, False, True, True)
+    if name == "dual_batch_norm_add_relu_train_backward":
+        return (*start, results[1], results[3], b.input, b.weight, results[4], results[6], mask, case.relu, *needs)
+    assert name == "dual_batch_norm_add_relu_eval_backward"
+    running2 = (b.running_mean, b.running_var)
+    return (*start, *running, b.input, b.weight, *running2, mask, a.eps, b.eps, case.relu, *needs)
+
+
+FORWARD = (
+    "batch_norm_add_relu_train",
+    "batch_norm_add_relu_eval",
+    "batch_norm_add_relu_apply",
+    "batch_norm_statistics",
+    "add_relu",
+    "dual_batch_norm_add_relu_train",
+    "dual_batch_norm_add_relu_eval",
+)
+BACKWARD = (
+    "add_relu_backward",
+    "update_running_stats",
+    "batch_norm_add_relu_train_backward",
+    "batch_norm_add_relu_eval_backward",
+    "batch_norm_add_relu_backward_reduce",
+    "batch_norm_add_relu_backward_apply",
+    "dual_batch_norm_add_relu_train_backward",
+    "dual_batch_norm_add_relu_eval_backward",
+)
+
+
+def test_every_operator_is_checked():
+    assert sorted(FORWARD + BACKWARD) == sorted(ops.OPERATORS)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("requires_grad", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("name", FORWARD)
+def test_forward_operators(name, requires_grad, layout, device):
+    form = "dual_relu" if name.startswith("dual") else "bn_add_relu"
+    case = _case(form, "eval" not in name, layout, device)
+    torch.library.opcheck(getattr(OPS, name).default, _forward_arguments(name, case, requires_grad))
+
+
+@pytest.mark.parametrize("form", ["bn", "bn_relu", "bn_add", "dual"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_forward_operators_without_a_mask(training, form, device):
+    case = _case(form, training, "contiguous", device, torch.bfloat16)
+    name = ("dual_" if "dual" in form else "") + "batch_norm_add_relu_" + ("train" if training else "eval")
+    torch.library.opcheck(getattr(OPS, name).default, _forward_arguments(name, case, True))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("name", BACKWARD)
+def test_backward_operators(name, layout, device):
+    form = "dual_relu" if name.startswith("dual") else "bn_add_relu"
+    case = _case(form, "eval" not in name, layout, device)
+    torch.library.opcheck(getattr(OPS, name).default, _backward_arguments(name, case))
+
+
+@pytest.mark.parametrize("shape", [(4, 9), (2, 9, 7), (0, 9, 2, 2), (3, 9, 1, 1), (2, 9, 2, 3, 2)], ids=str)
+def test_fake_kernels_of_other_shapes(shape, device):
+    case = oracle.make_case(shape, torch.float32, device)
+    for name in ("batch_norm_add_relu_train", "add_relu"):
+        torch.library.opcheck(
+            getattr(OPS, name).default,
+            _forward_arguments(name, case),
+            test_utils=("test_schema", "test_faketensor"),
+        )
+
+
+@pytest.mark.parametrize("layout", sorted(oracle.LAYOUTS))
+@pytest.mark.parametrize("name", FORWARD)
+def test_fake_kernels_of_other_layouts(name, layout, device):
+    """Strides of results too; a graph that was traced would be wrong otherwise."""
+    form = "dual_relu" if name.startswith("dual") else "bn_add_relu"
+    case = _case(form, "eval" not in name, layout, device)
+    a = case.branches[0]
+    arguments = tuple(a.input if i == 0 else v for i, v in enumerate(_forward_arguments(name, case)))
+    torch.library.opcheck(getattr(OPS, name).default, arguments, test_utils=("test_faketensor",))
