@@ -12,7 +12,8 @@
 //   save_mask         whether a backward will follow; without it no mask is written
 //   needs_*_grad      which gradients to compute. One that is not asked for comes back with shape (0,)
 //
-// All are functional but update_running_stats, which no gradient flows through.
+// All are functional but update_running_stats and the two operators with_update, which eager calls use: autograd knows nothing of
+// them.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(resnet_fused, m) {
@@ -20,6 +21,11 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
   m.def(
       "batch_norm_add_relu_train(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, float eps, bool relu, "
       "bool save_mask) -> (Tensor output, Tensor mean, Tensor var, Tensor invstd, Tensor mask)");
+  // The same and update_running_stats at once.
+  m.def(
+      "batch_norm_add_relu_train_with_update(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, "
+      "Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, float eps, bool relu, bool save_mask) -> "
+      "(Tensor output, Tensor mean, Tensor invstd, Tensor mask)");
   // Without a mask the ReLU's mask follows from input, weight and bias.
   m.def(
       "batch_norm_add_relu_train_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, "
@@ -31,6 +37,11 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
       "dual_batch_norm_add_relu_train(Tensor input, Tensor? weight, Tensor? bias, Tensor input2, Tensor? weight2, "
       "Tensor? bias2, float eps, float eps2, bool relu, bool save_mask) -> (Tensor output, Tensor mean, Tensor var, "
       "Tensor invstd, Tensor mean2, Tensor var2, Tensor invstd2, Tensor mask)");
+  m.def(
+      "dual_batch_norm_add_relu_train_with_update(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, Tensor input2, Tensor? weight2, Tensor? bias2, Tensor(c!)? running_mean2, "
+      "Tensor(d!)? running_var2, float momentum, float momentum2, float eps, float eps2, bool relu, bool save_mask) -> "
+      "(Tensor output, Tensor mean, Tensor invstd, Tensor mean2, Tensor invstd2, Tensor mask)");
   m.def(
       "dual_batch_norm_add_relu_train_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor mean, Tensor invstd, "
       "Tensor input2, Tensor? weight2, Tensor mean2, Tensor invstd2, Tensor? mask, bool relu, bool needs_input_grad, "

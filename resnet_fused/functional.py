@@ -37,8 +37,8 @@ def batch_norm_add_relu(
     Raises:
         ValueError: one value a channel where ``training``, or an ``eps`` that torch refuses.
         TypeError: an argument that is no tensor or no number.
-        RuntimeError: shapes, dtypes or devices that do not fit (NotImplementedError, its subclass, for a dtype that torch has
-            no kernels for).
+        RuntimeError: shapes, dtypes or devices that do not fit (NotImplementedError, its subclass, for a dtype that
+            torch has no kernels for).
 
         Nothing has been written then.
     """
@@ -171,7 +171,7 @@ def _requires_grad(*tensors: Tensor | None) -> bool:
 
 
 def _fusible(input: Tensor, weight, bias, running_mean, running_var, training: bool, momentum, eps) -> bool:
-    """Whether the fused operator serves these; where it does not, torch's own operations do, or raise their own errors."""
+    """Whether the fused operator serves these; where not, torch's own operations do, or raise their own errors."""
     if not isinstance(input, Tensor) or not backend.is_fused(input) or input.dim() < 2:
         return False
     if (running_mean is None) != (running_var is None) or (running_mean is None and not training):

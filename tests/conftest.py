@@ -37,11 +37,11 @@ def _seed():
 
 @pytest.fixture(scope="session", autouse=True)
 def _unwritten_memory_is_garbage():
-    """Has malloc fill what it gives with 0x7f: NaN in float16, the order of 1e38 in float32 and bfloat16, 1e306 in float64.
+    """Has malloc fill what it gives with 0x7f: NaN in float16, 1e38 and more in the other dtypes.
 
-    An element that a kernel leaves out, or a byte that it reads beyond its input, is then seen. Deterministic mode, whose
-    fill torch.empty obeys, does not reach the kernels: aoti_torch_empty_strided of the C shim passes it by. Where the C
-    library is not glibc, memory stays as it is.
+    An element that a kernel leaves out, or a byte that it reads beyond its input, is then seen. Deterministic mode,
+    whose fill torch.empty obeys, does not reach the kernels: aoti_torch_empty_strided of the C shim passes it by.
+    Where the C library is not glibc, memory stays as it is.
     """
     if platform.libc_ver()[0] != "glibc":
         return

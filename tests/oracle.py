@@ -1,10 +1,10 @@
 """What results are held against: the unfused torch operations, and the same in more digits.
 
-The rule of every comparison (:func:`assert_as_accurate`): our error is at most torch's own on the same input plus one unit in the
-last place. The error of a tensor is the largest of its elements' errors, and the unit that of the largest element of the
-reference: two correct results that round a sum in another order differ by that much, and elements that cancel to something
-small inherit the rounding of the terms they are made of. Where terms are larger than all elements, the unit is theirs
-(:func:`scales`).
+The rule of every comparison (:func:`assert_as_accurate`): our error is at most torch's own on the same input plus one
+unit in the last place. The error of a tensor is the largest of its elements' errors, and the unit that of the largest
+element of the reference: two correct results that round a sum in another order differ by that much, and elements that
+cancel to something small inherit the rounding of the terms they are made of. Where terms are larger than all elements,
+the unit is theirs (:func:`scales`).
 """
 
 import dataclasses
@@ -46,11 +46,15 @@ SHAPES = (
 
 
 def dtype_name(value) -> str:
-    """Names of dtypes in test ids; pytest's own for the rest."""
-    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
+    """Names of dtypes, and shapes, in test ids."""
+    return str(value).removeprefix("torch.")
 
 
-# layouts -----------------------------------------------------------------------------------------------------------------
+# Every shape in float32, and a choice of them in the other dtypes.
+GRID = [(shape, dtype) for dtype in DTYPES for shape in (SHAPES if dtype == torch.float32 else SHAPES[1::2])]
+
+
+# Layouts.
 
 
 def _inside(shape, index, tensor, permutation=None):
@@ -110,11 +114,11 @@ LAYOUTS = {
     "expanded_batch": lambda t: t[:1].clone().expand(t.shape) if len(t) else t.clone(),
     "expanded_channels": lambda t: t[:, :1].clone().expand(t.shape),
     "expanded_positions": lambda t: t[..., :1].clone().expand(t.shape) if t.numel() else t.clone(),
-    "expanded_all": lambda t: t.flatten()[:1].clone().reshape([1] * t.dim()).expand(t.shape) if t.numel() else t.clone(),
+    "expanded_all": lambda t: t[(slice(1),) * t.dim()].clone().expand(t.shape) if t.numel() else t.clone(),
 }
 
 
-# cases -------------------------------------------------------------------------------------------------------------------
+# Cases.
 
 
 @dataclasses.dataclass
@@ -149,8 +153,9 @@ class Case:
 def make_branch(shape, dtype, device, layout="contiguous", affine="both", parameters=None, seed=0) -> Branch:
     """A branch of normal input with means and deviations that differ from channel to channel.
 
-    Every channel has the deviation it was drawn: among many channels of two or four values some would be all but constant, where
-    rounding alone decides the result. Such input is test_adversarial's, and there are more values there.
+    Every channel has the deviation it was drawn: among many channels of two or four values some would be all but
+    constant, where rounding alone decides the result. Such input is test_adversarial's, and there are more values
+    there.
     """
     generator = torch.Generator().manual_seed(1000 + seed)
 
@@ -210,13 +215,13 @@ def like(template: Case, convert, dims: int | None = None) -> Case:
     )
 
 
-# the three ways to compute a case ------------------------------------------------------------------------------------------
+# The three ways to compute a case.
 
 _DIFFERENTIABLE = ("input", "weight", "bias")
 _RUNNING = ("running_mean", "running_var")
 
 
-def _owned(case: Case) -> Case:
+def owned(case: Case) -> Case:
     """The case with leaves of its own, in the same layouts, and running statistics of its own."""
 
     def branch(b):
@@ -292,7 +297,17 @@ def operator_results(case: Case, save_mask: bool = True) -> tuple[Tensor, ...]:
         if case.training:
             arguments = (a.input, a.weight, a.bias, case.residual, a.eps, case.relu, save_mask)
             return OPS.batch_norm_add_relu_train(*arguments)
-        arguments = (a.input, a.weight, a.bias, case.residual, a.running_mean, a.running_var, a.eps, case.relu, save_mask)
+        arguments = (
+            a.input,
+            a.weight,
+            a.bias,
+            case.residual,
+            a.running_mean,
+            a.running_var,
+            a.eps,
+            case.relu,
+            save_mask,
+        )
         return OPS.batch_norm_add_relu_eval(*arguments)
     b = case.branches[1]
     if case.training:
@@ -317,7 +332,9 @@ _ROUTES = {"functional": functional_output, "operator": _operator_output}
 
 def _named(case: Case, names) -> dict[str, Tensor]:
     """The tensors of these names of all branches, the second's with a 2 behind."""
-    pairs = [(name + suffix, getattr(b, name)) for suffix, b in zip(("", "2"), case.branches, strict=False) for name in names]
+    pairs = [
+        (name + suffix, getattr(b, name)) for suffix, b in zip(("", "2"), case.branches, strict=False) for name in names
+    ]
     return {name: value for name, value in pairs if value is not None}
 
 
@@ -325,7 +342,8 @@ def _running(case: Case) -> dict[str, Tensor]:
     return _named(case, _RUNNING)
 
 
-def _results(case: Case, output: Tensor) -> dict[str, Tensor]:
+def collect(case: Case, output: Tensor) -> dict[str, Tensor]:
+    """The output of an owned case, its running statistics, and the gradients of its leaves."""
     leaves = _named(case, _DIFFERENTIABLE)
     if case.residual is not None:
         leaves["residual"] = case.residual
@@ -336,30 +354,30 @@ def _results(case: Case, output: Tensor) -> dict[str, Tensor]:
 
 def fused(case: Case, route: str = "functional") -> dict[str, Tensor]:
     """Our results for the case: output, running statistics and every gradient."""
-    case = _owned(case)
-    return _results(case, _ROUTES[route](case))
+    case = owned(case)
+    return collect(case, _ROUTES[route](case))
 
 
 def unfused(case: Case) -> dict[str, Tensor]:
     """torch's results for the case."""
-    case = _owned(case)
-    return _results(case, unfused_result(case))
+    case = owned(case)
+    return collect(case, unfused_result(case))
 
 
 def forward(case: Case, route: str = "functional") -> dict[str, Tensor]:
     """Our output and running statistics."""
-    case = _owned(case)
+    case = owned(case)
     return {"output": _ROUTES[route](case).detach()} | _running(case)
 
 
 def unfused_forward(case: Case) -> dict[str, Tensor]:
     """torch's output and running statistics."""
-    case = _owned(case)
+    case = owned(case)
     return {"output": unfused_result(case).detach()} | _running(case)
 
 
 def exact(case: Case) -> dict[str, np.ndarray]:
-    """The case in float64 by the unfused torch operations; for float64 itself in extended precision, by their formulas."""
+    """The case in float64 by the unfused torch operations; for float64 input in extended precision."""
     if case.dtype != torch.float64:
         results = unfused(like(case, lambda tensor: tensor.to("cpu", torch.float64)))
         return {name: value.numpy() for name, value in results.items()}
@@ -372,7 +390,11 @@ def extended(case: Case) -> dict[str, np.ndarray]:
         pytest.skip("needs a longdouble that is wider than float64 to judge float64 results")
 
     def wide(tensor, default=0.0):
-        return np.longdouble(default) if tensor is None else tensor.detach().cpu().to(torch.float64).numpy().astype(np.longdouble)
+        return (
+            np.longdouble(default)
+            if tensor is None
+            else tensor.detach().cpu().to(torch.float64).numpy().astype(np.longdouble)
+        )
 
     x = wide(case.branches[0].input)
     axes = tuple(d for d in range(x.ndim) if d != 1)
@@ -420,7 +442,7 @@ def extended(case: Case) -> dict[str, np.ndarray]:
     return results
 
 
-# comparison --------------------------------------------------------------------------------------------------------------
+# Comparison.
 
 
 def ulp(dtype: torch.dtype, magnitude: float) -> float:
@@ -438,7 +460,7 @@ def _wide(value) -> np.ndarray:
 
 
 def tolerance(theirs: Tensor, reference, scale: float = 0.0, dtype: torch.dtype | None = None) -> float:
-    """torch's own error plus one unit in the last place of ``dtype``, counted at ``scale`` if that is larger than the reference."""
+    """torch's own error plus one unit in the last place of ``dtype``, at the reference or a ``scale`` beyond it."""
     theirs_wide, reference = _wide(theirs), _wide(reference)
     finite = np.isfinite(theirs_wide) & np.isfinite(reference)
     if not finite.any():
@@ -450,12 +472,17 @@ def tolerance(theirs: Tensor, reference, scale: float = 0.0, dtype: torch.dtype 
 def assert_as_accurate(
     ours: Tensor, theirs: Tensor, reference, what: str, scale: float = 0.0, dtype: torch.dtype | None = None
 ) -> None:
-    """``ours`` has the shape and dtype of ``theirs``, the same infinities and NaN, and an error within :func:`tolerance`."""
+    """``ours`` has the shape, dtype, infinities and NaN of ``theirs``, and an error within :func:`tolerance`."""
     assert ours.dtype == theirs.dtype, f"{what}: dtype {ours.dtype}, torch has {theirs.dtype}"
     assert ours.shape == theirs.shape, f"{what}: shape {list(ours.shape)}, torch has {list(theirs.shape)}"
     finite = theirs.isfinite()
     torch.testing.assert_close(
-        ours.where(~finite, 0), theirs.where(~finite, 0), rtol=0, atol=0, equal_nan=True, msg=f"{what}: not torch's Inf and NaN"
+        ours.where(~finite, 0),
+        theirs.where(~finite, 0),
+        rtol=0,
+        atol=0,
+        equal_nan=True,
+        msg=f"{what}: not torch's Inf and NaN",
     )
     assert bool((ours.isfinite() == finite).all()), f"{what}: Inf or NaN where torch has none"
     reference = _wide(reference)
@@ -467,7 +494,8 @@ def assert_as_accurate(
     worst = np.unravel_index(errors.argmax(), errors.shape)
     assert errors.max() <= bound, (
         f"{what}: error {float(errors.max()):.3e} at {tuple(map(int, worst))}, torch's plus one ulp is {bound:.3e} "
-        f"(ours {float(_wide(ours)[worst])!r}, torch {float(_wide(theirs)[worst])!r}, exact {float(reference[worst])!r})"
+        f"(ours {float(_wide(ours)[worst])!r}, torch {float(_wide(theirs)[worst])!r}, "
+        f"exact {float(reference[worst])!r})"
     )
 
 
@@ -480,7 +508,7 @@ def away_from_the_kink(case: Case) -> Case:
         return case
     linear = dataclasses.replace(case, relu=False)
     with torch.no_grad():
-        theirs = unfused_output(_owned(linear))
+        theirs = unfused_output(owned(linear))
     reference = exact(linear)["output"]
     bound = tolerance(theirs, reference, scales(case).get("output", 0.0))
     near = torch.from_numpy(np.abs(reference.astype(np.float64)) <= bound).to(theirs.device)
@@ -490,12 +518,13 @@ def away_from_the_kink(case: Case) -> Case:
 def scales(case: Case) -> dict[str, float]:
     """The largest terms that results are added up from, which may be larger than any element of the result.
 
-    output = normalized weight + bias + residual. grad_weight = invstd (sum(grad x) - mean sum(grad)), where the saved mean is
-    rounded. In training grad_input = weight invstd (grad - mean(grad) - ...), next to nothing for a batch of two, whatever the
-    gradient. No arithmetic rounds a difference better than its terms.
+    output = normalized weight + bias + residual. grad_weight = invstd (sum(grad x) - mean sum(grad)), where the saved
+    mean is rounded. In training grad_input = weight invstd (grad - mean(grad) - ...), next to nothing for a batch of
+    two, whatever the gradient. No arithmetic rounds a difference better than its terms.
 
-    In float64 there is no wider type to add in: n additions, in whatever order, are off by at most n units of the sum of the
-    absolute terms (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 4.2), and so is what is made of them.
+    In float64 there is no wider type to add in: n additions, in whatever order, are off by at most n units of the sum
+    of the absolute terms (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 4.2), and so is what is
+    made of them.
     """
     grad = case.grad_output.double().abs()
     if not grad.numel():
@@ -530,8 +559,9 @@ def scales(case: Case) -> dict[str, float]:
 def check(case: Case, route: str = "functional", names: str = "", either_format: bool = False) -> dict[str, Tensor]:
     """Holds every result of ours whose name starts with ``names`` to the rule; gives them back.
 
-    ``either_format`` takes the worse of torch's errors in both memory formats. Where the rounding of the mean decides the
-    error, as with means of many deviations, each of its kernels is as good as the other, and which of them is lucky is chance.
+    ``either_format`` takes the worse of torch's errors in both memory formats. Where the rounding of the mean decides
+    the error, as with means of many deviations, each of its kernels is as good as the other, and which of them is
+    lucky is chance.
     """
     case = away_from_the_kink(case)
     ours, theirs, reference = fused(case, route), unfused(case), exact(case)

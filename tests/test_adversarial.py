@@ -95,7 +95,8 @@ def test_subnormal_input(layout, device):
         oracle.check(case, names=names)
     case = oracle.away_from_the_kink(case)
     ours, exact = oracle.fused(case)["grad_weight"], oracle.exact(case)["grad_weight"]
-    # invstd times a sum of n products, each rounded by half of the smallest number, with differences from a mean that is too.
+    # invstd times a sum of n products, each rounded by half of the smallest number, with differences from a mean that
+    # is too.
     grad = case.grad_output.double().abs().sum((0, 2, 3)).max()
     roundings = (float(grad) + values.numel() / values.shape[1]) * smallest / 2
     assert abs(ours.double().cpu().numpy() - exact).max() <= roundings / 1e-5**0.5
@@ -132,7 +133,7 @@ def test_running_variance_of_zero_below_zero_and_not_a_number(form, layout, devi
 
 
 def _check_with_infinities(case: oracle.Case) -> None:
-    """Inf and NaN stand where torch has them, and what is finite keeps the rule, channel by channel where all of it is."""
+    """Inf and NaN stand where torch has them, and what is finite keeps the rule."""
     ours, theirs = oracle.fused(case), oracle.unfused(case)
     for name, value in ours.items():
         expected = theirs[name]
@@ -220,7 +221,8 @@ def test_overflow_of_a_narrow_output(device):
     case.branches[0].weight.fill_(torch.finfo(torch.float16).max)
     ours, theirs = oracle.forward(case)["output"], oracle.unfused_forward(case)["output"]
     assert theirs.isinf().any()
-    # Where torch's normalized value overflows and a residual brings it back, ours may be finite; ours is never Inf alone.
+    # Where torch's normalized value overflows and a residual brings it back, ours may be finite; ours is never Inf
+    # alone.
     assert not (ours.isinf() & ~theirs.isinf()).any()
     assert not ours.isnan().any()
 

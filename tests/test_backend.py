@@ -64,7 +64,10 @@ def test_asking_for_compiled_where_it_cannot_run_says_why():
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match="must be one of auto, compiled, reference, got 'fast'"), backend.backend("fast"):
+    with (
+        pytest.raises(ValueError, match="must be one of auto, compiled, reference, got 'fast'"),
+        backend.backend("fast"),
+    ):
         pass
     assert backend.current() == "auto"
 
@@ -103,7 +106,9 @@ def _imported(value):
 def test_every_operator_has_kernels_of_the_backend(device):
     """Nothing runs the reference and calls itself fused."""
     key = {"cpu": "CPU", "cuda": "CUDA"}[device.type]
-    missing = [n for n in ops.OPERATORS if not torch._C._dispatch_has_kernel_for_dispatch_key(f"resnet_fused::{n}", key)]
+    missing = [
+        n for n in ops.OPERATORS if not torch._C._dispatch_has_kernel_for_dispatch_key(f"resnet_fused::{n}", key)
+    ]
     assert not missing
 
 

@@ -17,8 +17,7 @@ DIRECT_SHAPES = ((2, 17), (2, 7, 33), (2, 65, 7, 7), (8, 17, 1, 1), (2, 7, 2, 3,
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("form", oracle.FORMS)
-@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=oracle.dtype_name)
-@pytest.mark.parametrize("shape", oracle.SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), oracle.GRID, ids=oracle.dtype_name)
 def test_gradients(shape, dtype, form, training, layout, device):
     oracle.check(oracle.make_case(shape, dtype, device, form, training, layout))
 
@@ -69,7 +68,7 @@ def test_pieces_of_a_synchronized_step(dtype, form, layout, device):
         oracle.assert_as_accurate(value, theirs[name], reference[name], name, larger.get(name, 0.0))
 
 
-# what is asked for ---------------------------------------------------------------------------------------------------------
+# What is asked for.
 
 
 @pytest.mark.parametrize("wanted", list(itertools.product([True, False], repeat=4)), ids=str)
@@ -122,7 +121,7 @@ def test_only_the_gradient_asked_for_of_two_branches(training, wanted, device):
 def test_backward_operators_leave_out_what_is_not_asked_for(training, asked, device):
     case = oracle.make_case((2, 9, 5, 3), torch.float32, device, "bn_add_relu", training)
     b = case.branches[0]
-    output, *statistics, mask = oracle.operator_results(case)
+    _, *statistics, mask = oracle.operator_results(case)
     if training:
         common = (case.grad_output, b.input, b.weight, b.bias, statistics[0], statistics[2], mask, True)
         op = OPS.batch_norm_add_relu_train_backward
@@ -138,7 +137,7 @@ def test_backward_operators_leave_out_what_is_not_asked_for(training, asked, dev
             assert value.shape == (0,)
 
 
-# the ReLU's mask -----------------------------------------------------------------------------------------------------------
+# The ReLU's mask.
 
 
 def _passes(output):
@@ -184,7 +183,7 @@ def test_gradient_passes_exactly_where_the_output_is_positive(shape, layout, tra
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_no_gradient_passes_an_output_of_exactly_zero(layout, training, form, device):
-    """A weight that starts at zero, as in a block's last normalization, makes every pre-activation exactly the residual."""
+    """A weight that starts at zero, as in a block's last normalization, leaves exactly the residual."""
     case = oracle.make_case((2, 9, 5, 3), torch.float32, device, form, training, layout)
     for branch in case.branches:
         branch.weight.zero_()
@@ -224,7 +223,7 @@ def test_add_relu_gradient_of_one_operand(device):
         assert operands[1 - position].grad is None
 
 
-# graphs --------------------------------------------------------------------------------------------------------------------
+# Graphs.
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

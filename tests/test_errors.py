@@ -37,7 +37,9 @@ def _snapshot(arguments):
     return {
         name: arguments[name].clone()
         for name in ("running_mean", "running_var")
-        if isinstance(arguments[name], torch.Tensor) and arguments[name].device.type != "meta" and not arguments[name].is_sparse
+        if isinstance(arguments[name], torch.Tensor)
+        and arguments[name].device.type != "meta"
+        and not arguments[name].is_sparse
     }
 
 
@@ -64,8 +66,8 @@ def sparse(*shape):
 # Each: what differs from a good call, and a word that the message must have.
 BAD = {
     "input of one dimension": ({"input": of(3)}, "running_mean"),
-    "no input": ({"input": None}, ""),
-    "input that is no tensor": ({"input": [1.0, 2.0]}, ""),
+    "no input": ({"input": None}, ".*"),
+    "input that is no tensor": ({"input": [1.0, 2.0]}, ".*"),
     "more channels than parameters": ({"input": of(2, 5, 4, 4)}, "weight"),
     "weight of another size": ({"weight": of(4)}, "weight"),
     "bias of another size": ({"bias": of(4)}, "bias"),
@@ -115,11 +117,11 @@ BAD = {
     "running_var that is no tensor": ({"running_var": [1.0] * 3}, "running_var"),
     "momentum that is no number": ({"momentum": "a tenth"}, "momentum"),
     "no momentum": ({"momentum": None}, "momentum"),
-    "eps that is no number": ({"eps": "little"}, ""),
+    "eps that is no number": ({"eps": "little"}, ".*"),
     "eps below zero": ({"eps": -1.0}, "eps"),
     "running statistics that require gradients": (
         {"running_mean": lambda device: torch.zeros(3, device=device, requires_grad=True)},
-        "",
+        ".*",
     ),
 }
 BAD_IN_TRAINING = {
@@ -128,7 +130,7 @@ BAD_IN_TRAINING = {
     "eps of zero": ({"eps": 0.0}, "eps"),
     "running_mean alone": ({"running_var": None}, "running_mean"),
     "running_var alone": ({"running_mean": None}, "running_var"),
-    "no dimension": ({"input": of()}, ""),
+    "no dimension": ({"input": of()}, ".*"),
 }
 BAD_IN_EVALUATION = {
     "no running statistics": ({"running_mean": None, "running_var": None}, "running_mean"),
@@ -143,7 +145,11 @@ TABLE = [
 ALL = BAD | BAD_IN_TRAINING | BAD_IN_EVALUATION
 
 
-@pytest.mark.parametrize(("name", "training"), TABLE, ids=lambda v: v if isinstance(v, str) else ("train" if v else "eval"))
+def _name(value) -> str:
+    return value if isinstance(value, str) else "train" if value else "eval"
+
+
+@pytest.mark.parametrize(("name", "training"), TABLE, ids=_name)
 def test_refusals(name, training, device):
     changed, word = ALL[name]
     with pytest.raises(Exception) as theirs:  # noqa: PT011 (whatever torch raises is what is expected)
@@ -155,13 +161,19 @@ def test_refusals(name, training, device):
     _assert_untouched(arguments, before)
 
 
-@pytest.mark.parametrize("branch", ["first", "second"])
-@pytest.mark.parametrize(("name", "training"), TABLE, ids=lambda v: v if isinstance(v, str) else ("train" if v else "eval"))
+# The second input is to the first what a residual is: SECOND has what is refused of it.
+TABLE_OF_TWO = [
+    (name, training, branch)
+    for name, training in TABLE
+    for branch in ("first", "second")
+    if "residual" not in ALL[name][0] and (branch == "first" or "input" not in ALL[name][0])
+]
+
+
+@pytest.mark.parametrize(("name", "training", "branch"), TABLE_OF_TWO, ids=_name)
 def test_refusals_of_two_branches(name, training, branch, device):
     """Whichever branch is refused, neither has written its statistics."""
     changed, _ = ALL[name]
-    if "residual" in changed or (branch == "second" and "input" in changed):
-        pytest.skip("the second input is a residual to the first; test_second_input has it")
     good, bad = _arguments(device, training=training), _arguments(device, **changed, training=training)
     with pytest.raises(Exception) as theirs:  # noqa: PT011 (whatever torch raises is what is expected)
         _unfused(**_arguments(device, **changed, training=training))
@@ -240,7 +252,7 @@ def test_evaluation_with_an_eps_of_zero(device):
     torch.testing.assert_close(functional.batch_norm_add_relu(**arguments), arguments["input"].relu(), rtol=0, atol=0)
 
 
-# the operators themselves ----------------------------------------------------------------------------------------------------
+# The operators themselves.
 
 
 def _train(device, **changed):

@@ -36,8 +36,8 @@ def _away_from_the_kink(function, leaves):
     """The function without the elements whose finite difference could cross the ReLU's kink."""
     with torch.no_grad():
         output = function(*leaves)
-    # The perturbation is 1e-6, and no derivative here comes near 1e3. An element that is zero is taken to be far below the
-    # kink: one that is not makes the check fail.
+    # The perturbation is 1e-6, and no derivative here comes near 1e3. An element that is zero is taken to be far
+    # below the kink: one that is not makes the check fail.
     counted = (output >= 1e-3) | (output <= 0)
 
     def selected(*arguments):
@@ -127,7 +127,9 @@ def test_apply(affine, residual, relu, layout, device):
     statistics = [mean.requires_grad_(), var.requires_grad_()]
 
     def function(mean, invstd, input, weight, bias, *rest):
-        return OPS.batch_norm_add_relu_apply(input, weight, bias, rest[0] if rest else None, mean, invstd, relu, True)[0]
+        return OPS.batch_norm_add_relu_apply(input, weight, bias, rest[0] if rest else None, mean, invstd, relu, True)[
+            0
+        ]
 
     _check(function, statistics + leaves)
 
@@ -245,7 +247,7 @@ def test_reduce_and_its_apply(relu, device):
     assert gradcheck(apply, [grad_output, input, weight, mean, invstd, *averages])
 
 
-# use of second derivatives ---------------------------------------------------------------------------------------------------
+# Use of second derivatives.
 
 
 @pytest.mark.parametrize("form", oracle.FORMS)
@@ -293,4 +295,4 @@ def test_third_derivative(device):
             value = gradient.pow(2).sum()
         orders.append(gradient)
     # Derivatives of squares of derivatives grow: relative to the largest, float64 leaves ten digits.
-    torch.testing.assert_close(*orders, rtol=1e-9, atol=1e-9 * float(orders[1].abs().max()))
+    torch.testing.assert_close(*orders, rtol=1e-9, atol=1e-9 * float(orders[1].detach().abs().max()))

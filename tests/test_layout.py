@@ -39,8 +39,9 @@ def test_gradient_of_any_layout(shape, form, training, layout, gradient_layout, 
     case = oracle.make_case(shape, torch.float32, device, form, training, layout)
     grad_output = oracle.LAYOUTS[gradient_layout](case.grad_output)
     plain = dataclasses.replace(case, grad_output=grad_output.clone(memory_format=torch.contiguous_format))
+    ours = oracle.fused(dataclasses.replace(case, grad_output=grad_output))
     for name, value in oracle.fused(plain).items():
-        assert torch.equal(value, oracle.fused(dataclasses.replace(case, grad_output=grad_output))[name]), name
+        assert torch.equal(ours[name], value), name
 
 
 def test_gradient_of_a_sum(device):
@@ -73,9 +74,7 @@ def test_direct_operator_results_have_the_memory_format_of_the_input(shape, layo
     for form in ("bn_relu", "bn_add_relu", "dual_relu"):
         case = oracle.make_case(shape, torch.float32, device, form, True, layout)
         output = oracle.operator_results(case)[0]
-        expected = torch.empty_like(
-            case.branches[0].input, memory_format=suggest_memory_format(case.branches[0].input)
-        )
+        expected = torch.empty_like(case.branches[0].input, memory_format=suggest_memory_format(case.branches[0].input))
         assert output.stride() == expected.stride()
         assert output.untyped_storage().nbytes() == output.numel() * output.element_size()
 
@@ -92,7 +91,7 @@ def test_module_result_of_channels_last_is_channels_last(layout, device):
     assert input.grad.is_contiguous(memory_format=format)
 
 
-# saved tensors -------------------------------------------------------------------------------------------------------------
+# Saved tensors.
 
 
 def _drop_memory_format():
@@ -118,7 +117,9 @@ HOOKS = {"save_on_cpu": torch.autograd.graph.save_on_cpu, "contiguous": _drop_me
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_saved_tensors_in_another_memory_format(layout, training, form, route, hooks, device):
     """The mask was written for the input's layout, which it must meet again."""
-    case = oracle.make_case((2, 17, 5, 3), torch.float32, device, form, training, layout, residual_layout="channels_last")
+    case = oracle.make_case(
+        (2, 17, 5, 3), torch.float32, device, form, training, layout, residual_layout="channels_last"
+    )
     expected = oracle.fused(case, route)
     with HOOKS[hooks]():
         ours = oracle.fused(case, route)
@@ -167,7 +168,9 @@ def test_add_relu_gradient_of_any_layout(gradient_layout, layout, device):
 def test_shapes_whose_memory_format_is_ambiguous(layout, shape, device):
     """Dimensions of size one leave strides free: one tensor is contiguous and channels_last at once."""
     for form in ("bn_add_relu", "dual_relu"):
-        oracle.check(oracle.make_case(shape, torch.float32, device, form, False, layout, residual_layout="channels_last"))
+        oracle.check(
+            oracle.make_case(shape, torch.float32, device, form, False, layout, residual_layout="channels_last")
+        )
 
 
 @pytest.mark.parametrize("offset", range(1, 9))

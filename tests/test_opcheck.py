@@ -18,7 +18,11 @@ def _forward_arguments(name, case, requires_grad=False):
     a = case.branches[0]
 
     def leaf(tensor):
-        return None if tensor is None else tensor.detach().clone(memory_format=torch.preserve_format).requires_grad_(requires_grad)
+        return (
+            None
+            if tensor is None
+            else tensor.detach().clone(memory_format=torch.preserve_format).requires_grad_(requires_grad)
+        )
 
     first = (leaf(a.input), leaf(a.weight), leaf(a.bias))
     running = (a.running_mean, a.running_var)

@@ -125,7 +125,10 @@ def test_module_samples_through_the_module(training, relu, device):
         exact = copy.deepcopy(theirs).double()
         input = sample.forward_input.args[0].detach()
         for _ in range(3):
-            outputs = [ours(input), *(F.relu(m(x)) if relu else m(x) for m, x in ((theirs, input), (exact, input.double())))]
+            outputs = [
+                ours(input),
+                *(F.relu(m(x)) if relu else m(x) for m, x in ((theirs, input), (exact, input.double()))),
+            ]
             # make_tensor's values reach to 9, the largest term of the sums here.
             oracle.assert_as_accurate(*outputs[:2], outputs[2].detach().cpu().numpy(), "output", 9.0)
             state, their_state, exact_state = (module.state_dict() for module in (ours, theirs, exact))
@@ -150,7 +153,15 @@ def test_module_error_inputs(info, relu, device):
         before = copy.deepcopy(module.state_dict())
         with pytest.raises(error.error_type, match=error.error_regex):
             functional.batch_norm_add_relu(
-                input, module.running_mean, module.running_var, module.weight, module.bias, None, True, eps=module.eps, relu=relu
+                input,
+                module.running_mean,
+                module.running_var,
+                module.weight,
+                module.bias,
+                None,
+                True,
+                eps=module.eps,
+                relu=relu,
             )
         for name, value in module.state_dict().items():
             assert torch.equal(value, before[name]), name

@@ -6,6 +6,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "cpu/running_stats.h"
 #include "cpu/tensors.h"
 
 namespace resnet_fused::cpu {
@@ -72,6 +73,10 @@ struct Branch {
     const C high = std::min(std::max(v[0], v[1]), std::max(v[2], v[3]));
     const C median = std::max(std::min(low, high), std::min(std::max(low, high), v[4]));
     return std::isfinite(median) ? median : C(0);  // an infinite shift would make a NaN of an infinite mean
+  }
+
+  void update(const MaybeTensor& running_mean, const MaybeTensor& running_var, double momentum) const {
+    update_running(running_mean, running_var, mean, var, shape.channels, momentum, shape.count());
   }
 
   Affine<C> affine() const { return {mean.data(), scale.data(), bias.data()}; }

@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "cpu/branch.h"
+#include "cpu/running_stats.h"
 
 namespace resnet_fused::cpu {
 
@@ -93,6 +94,55 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_add_relu_train(
     Output<T> out(branch, residual, nullptr, relu, save_mask);
     run_training<T>(out.arguments, branch, nullptr);
     return std::tuple(out.output, branch.mean_tensor(), branch.var_tensor(), branch.invstd_tensor(), out.mask);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_add_relu_train_with_update(
+    const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& residual,
+    const MaybeTensor& running_mean, const MaybeTensor& running_var, double momentum, double eps, bool relu, bool save_mask) {
+  check_input(input);
+  check_per_channel(weight, "weight", input);
+  check_per_channel(bias, "bias", input);
+  check_same(residual, "residual", input);
+  check_running(running_mean, "running_mean", input.size(1));
+  check_running(running_var, "running_var", input.size(1));
+  return dispatch(input.scalar_type(), [&]<typename T>() {
+    const Tensor x = dense(input, memory_format(input));
+    Branch<T> branch(x, weight, bias, eps, shape_of(x));
+    Output<T> out(branch, residual, nullptr, relu, save_mask);
+    run_training<T>(out.arguments, branch, nullptr);
+    branch.update(running_mean, running_var, momentum);
+    return std::tuple(out.output, branch.mean_tensor(), branch.invstd_tensor(), out.mask);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_batch_norm_add_relu_train_with_update(
+    const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& running_mean,
+    const MaybeTensor& running_var, const Tensor& input2, const MaybeTensor& weight2, const MaybeTensor& bias2,
+    const MaybeTensor& running_mean2, const MaybeTensor& running_var2, double momentum, double momentum2, double eps,
+    double eps2, bool relu, bool save_mask) {
+  check_input(input);
+  check_per_channel(weight, "weight", input);
+  check_per_channel(bias, "bias", input);
+  check_running(running_mean, "running_mean", input.size(1));
+  check_running(running_var, "running_var", input.size(1));
+  check_same(input2, "input2", input);
+  check_per_channel(weight2, "weight2", input);
+  check_per_channel(bias2, "bias2", input);
+  check_running(running_mean2, "running_mean2", input.size(1));
+  check_running(running_var2, "running_var2", input.size(1));
+  return dispatch(input.scalar_type(), [&]<typename T>() {
+    const MemoryFormat format = memory_format(input);
+    const Tensor x = dense(input, format);
+    Branch<T> branch(x, weight, bias, eps, shape_of(x));
+    Branch<T> branch2(dense(input2, format), weight2, bias2, eps2, branch.shape);
+    branch.add_bias_of(branch2);
+    Output<T> out(branch, std::nullopt, &branch2, relu, save_mask);
+    run_training<T>(out.arguments, branch, &branch2);
+    branch.update(running_mean, running_var, momentum);
+    branch2.update(running_mean2, running_var2, momentum2);
+    return std::tuple(out.output, branch.mean_tensor(), branch.invstd_tensor(), branch2.mean_tensor(),
+                      branch2.invstd_tensor(), out.mask);
   });
 }
 
@@ -196,6 +246,8 @@ std::tuple<Tensor, Tensor> batch_norm_statistics(const Tensor& input) {
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) {
   m.impl("batch_norm_add_relu_train", TORCH_BOX(&batch_norm_add_relu_train));
+  m.impl("batch_norm_add_relu_train_with_update", TORCH_BOX(&batch_norm_add_relu_train_with_update));
+  m.impl("dual_batch_norm_add_relu_train_with_update", TORCH_BOX(&dual_batch_norm_add_relu_train_with_update));
   m.impl("dual_batch_norm_add_relu_train", TORCH_BOX(&dual_batch_norm_add_relu_train));
   m.impl("batch_norm_add_relu_eval", TORCH_BOX(&batch_norm_add_relu_eval));
   m.impl("dual_batch_norm_add_relu_eval", TORCH_BOX(&dual_batch_norm_add_relu_eval));

@@ -1,31 +1,22 @@
 // Running statistics on the CPU.
 #include <torch/csrc/stable/library.h>
 
-#include "cpu/tensors.h"
+#include "cpu/running_stats.h"
 
 namespace resnet_fused::cpu {
 
 namespace {
 
-void check_running(const MaybeTensor& running, const char* name, const Tensor& batch) {
-  if (!running) return;
-  check_dtype(*running, name);
-  STD_TORCH_CHECK(running->dim() == 1 && running->size(0) == batch.size(0), name, " must have shape [", batch.size(0),
-                  "], one value a channel of input, got ", shape_text(*running));
-  check_device(*running, name, batch);
-}
-
 // running = (1 - momentum) running + momentum correction batch, rounded once.
-void update(const MaybeTensor& running, const Tensor& batch, double momentum, double correction) {
+template <typename From>
+void update(const MaybeTensor& running, const From& batch, int64_t channels, double momentum, double correction) {
   if (!running) return;
-  const int64_t channels = batch.size(0);
-  const auto from = values<double>(batch, channels, 0);
   const auto before = values<double>(running, channels, 0);
   const int64_t stride = running->stride(0);
   dispatch(running->scalar_type(), [&]<typename T>() {
     T* to = running->mutable_data_ptr<T>();
     for (int64_t c = 0; c < channels; ++c) {
-      const double value = (1 - momentum) * before[c] + momentum * correction * from[c];
+      const double value = (1 - momentum) * before[c] + momentum * correction * static_cast<double>(batch[c]);
       if constexpr (sizeof(T) == 2) {
         to[c * stride] = T(static_cast<float>(value));
       } else {
@@ -37,19 +28,44 @@ void update(const MaybeTensor& running, const Tensor& batch, double momentum, do
 
 }  // namespace
 
+void check_running(const MaybeTensor& running, const char* name, int64_t channels) {
+  if (!running) return;
+  check_dtype(*running, name);
+  STD_TORCH_CHECK(running->dim() == 1 && running->size(0) == channels, name, " must have shape [", channels,
+                  "], one value a channel of input, got ", shape_text(*running));
+  STD_TORCH_CHECK(running->is_cpu(), name, " must be on the device of input");
+}
+
+template <typename C>
+void update_running(const MaybeTensor& running_mean, const MaybeTensor& running_var, const Vector<C>& mean,
+                    const Vector<C>& var, int64_t channels, double momentum, int64_t count) {
+  // torch leaves the running statistics alone where the batch is empty.
+  if (count == 0) return;
+  update(running_mean, mean, channels, momentum, 1);
+  update(running_var, var, channels, momentum, static_cast<double>(count) / static_cast<double>(count - 1));
+}
+
+template void update_running(const MaybeTensor&, const MaybeTensor&, const Vector<float>&, const Vector<float>&, int64_t,
+                             double, int64_t);
+template void update_running(const MaybeTensor&, const MaybeTensor&, const Vector<double>&, const Vector<double>&, int64_t,
+                             double, int64_t);
+
+namespace {
+
 void update_running_stats(const MaybeTensor& running_mean, const MaybeTensor& running_var, const Tensor& mean, const Tensor& var,
                           double momentum, int64_t count) {
   STD_TORCH_CHECK(mean.dim() == 1 && var.dim() == 1 && mean.size(0) == var.size(0), "mean and var must be (C,) vectors, got ",
                   shape_text(mean), " and ", shape_text(var));
   check_dtype(mean, "mean");
   check_dtype(var, "var");
-  check_running(running_mean, "running_mean", mean);
-  check_running(running_var, "running_var", mean);
-  // torch leaves the running statistics alone where the batch is empty.
-  if (count == 0) return;
-  update(running_mean, mean, momentum, 1);
-  update(running_var, var, momentum, static_cast<double>(count) / static_cast<double>(count - 1));
+  const int64_t channels = mean.size(0);
+  check_running(running_mean, "running_mean", channels);
+  check_running(running_var, "running_var", channels);
+  update_running(running_mean, running_var, values<double>(mean, channels, 0), values<double>(var, channels, 0), channels,
+                 momentum, count);
 }
+
+}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) { m.impl("update_running_stats", TORCH_BOX(&update_running_stats)); }
 

@@ -363,11 +363,14 @@ def _backward_through(name: str):
 
 
 class _AutogradLibrary(torch.library.Library):
-    """Sends calls in forward-mode AD, whose tangents torch.library's kernels would drop without a word, to the reference."""
+    """Sends forward-mode AD and functorch's transforms to the reference: torch.library's kernels would drop tangents
+    without a word, and refuse ``torch.func.grad``.
+    """
 
     def impl(self, op_name, fn, dispatch_key="", **options):
         def kernel(keyset, *args, **kwargs):
-            if forward_ad._current_level >= 0 and any(map(_has_tangent, (*args, *kwargs.values()))):
+            transformed = torch._C._functorch.peek_interpreter_stack() is not None
+            if transformed or (forward_ad._current_level >= 0 and any(map(_has_tangent, (*args, *kwargs.values())))):
                 return getattr(reference, op_name)(*args, **kwargs)
             return fn(keyset, *args, **kwargs)
 

@@ -100,7 +100,7 @@ def promotes(other: Tensor, name: str, input: Tensor, relu: bool) -> None:
 
 
 def unfused_batch_norm(input, running_mean, running_var, weight, bias, suffix: str = "") -> None:
-    """Refuses, by name, what ``torch.nn.functional.batch_norm`` refuses after it wrote running statistics or namelessly.
+    """Refuses, by name, what ``torch.nn.functional.batch_norm`` refuses namelessly or after it wrote running statistics.
 
     What passes here torch may still refuse, before it writes.
     """
@@ -113,7 +113,8 @@ def unfused_batch_norm(input, running_mean, running_var, weight, bias, suffix: s
         )
     allowed = (input.dtype,) if input.dtype == torch.float64 else (input.dtype, torch.float32)
     first = None
-    for name, vector in (("weight", weight), ("bias", bias), ("running_mean", running_mean), ("running_var", running_var)):
+    vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    for name, vector in vectors.items():
         if not isinstance(vector, Tensor):
             continue
         same_device(vector, name + suffix, input)
@@ -135,7 +136,8 @@ def unfused_batch_norm(input, running_mean, running_var, weight, bias, suffix: s
             first = name, vector.dtype
         elif vector.dtype != first[1]:
             raise RuntimeError(
-                f"{name}{suffix} must have the dtype of {first[0]}{suffix}, got {_name(vector.dtype)} and {_name(first[1])}"
+                f"{name}{suffix} must have the dtype of {first[0]}{suffix}, "
+                f"got {_name(vector.dtype)} and {_name(first[1])}"
             )
 
 
