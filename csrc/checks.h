@@ -6,6 +6,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <string>
 
@@ -82,6 +83,18 @@ inline void check_per_channel(const Tensor& vector, const char* name, const Tens
 
 inline void check_per_channel(const MaybeTensor& vector, const char* name, const Tensor& input) {
   if (vector) check_per_channel(*vector, name, input);
+}
+
+// The vectors of one normalization have one dtype, as torch wants it.
+inline void check_one_dtype(std::initializer_list<const MaybeTensor*> vectors) {
+  const Tensor* first = nullptr;
+  for (const MaybeTensor* vector : vectors) {
+    if (!vector->has_value()) continue;
+    if (first == nullptr) first = &**vector;
+    STD_TORCH_CHECK((*vector)->scalar_type() == first->scalar_type(),
+                    "weight, bias and running statistics must have one dtype, got ", dtype_name(first->scalar_type()),
+                    " and ", dtype_name((*vector)->scalar_type()));
+  }
 }
 
 inline void check_mask(const Tensor& mask, int64_t outer, int64_t bytes) {

@@ -42,28 +42,37 @@ def batch_norm_add_relu(
 
         Nothing has been written then.
     """
-    if residual is not None:
-        _check_residual(residual, "residual", input, relu)
+    branch = (input, weight, bias, running_mean, running_var)
+    if _eligible(input, residual, running_mean, running_var, training, momentum, eps):
+        try:
+            save = torch.is_grad_enabled() and _requires_grad(input, weight, bias, residual)
+            if not training:
+                return _call(
+                    "batch_norm_add_relu_eval",
+                    save,
+                    (input, weight, bias, residual, running_mean, running_var, eps, relu, save),
+                )
+            tensors, settings = (input, weight, bias, residual), (eps, relu, save)
+            running = (running_mean, running_var, momentum)
+            return _call_training("batch_norm_add_relu_train", save, tensors, settings, running)
+        except (RuntimeError, TypeError, AttributeError):
+            # The operator refuses before it writes. What it refuses torch may accept, or refuse in its own way.
+            if _fits(residual, input) and _vectors_fit(*branch) and not _is_single_value(input, training):
+                raise
     if training:
         F._verify_batch_size(input.size())
-    if not _fusible(input, weight, bias, running_mean, running_var, training, momentum, eps):
-        checks.unfused_batch_norm(input, running_mean, running_var, weight, bias)
-        output = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-        return _add_relu_unfused(output, residual, relu)
-    if residual is not None and residual.dtype != input.dtype:
-        # torch adds in the wider dtype, after it rounded the normalized value to the narrower one.
-        output = batch_norm_add_relu(
-            input, running_mean, running_var, weight, bias, None, training, momentum, eps, relu=False
-        )
-        return _add_relu_unfused(output, residual, relu)
-
-    save = torch.is_grad_enabled() and _requires_grad(input, weight, bias, residual)
-    if not training:
-        arguments = (input, weight, bias, residual, running_mean, running_var, eps, relu, save)
-        return _call("batch_norm_add_relu_eval", save, arguments)[0]
-    output, mean, var, _, _ = _call("batch_norm_add_relu_train", save, (input, weight, bias, residual, eps, relu, save))
-    _update_running_stats(running_mean, running_var, mean, var, momentum, input)
-    return output
+    if residual is not None and isinstance(input, Tensor):
+        _check_residual(residual, "residual", input, relu)
+        if residual.dtype != input.dtype and backend.is_fused(input):
+            # torch adds in the wider dtype, after it rounded the normalized value to the narrower one.
+            output = batch_norm_add_relu(
+                input, running_mean, running_var, weight, bias, None, training, momentum, eps, relu=False
+            )
+            return _add_relu_unfused(output, residual, relu)
+    checks.unfused_batch_norm(input, running_mean, running_var, weight, bias)
+    running_mean, running_var = _updated_once(training, running_mean, running_var)
+    output = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return _add_relu_unfused(output, residual, relu)
 
 
 def dual_batch_norm_add_relu(
@@ -89,33 +98,34 @@ def dual_batch_norm_add_relu(
     Each branch has the arguments of :func:`batch_norm_add_relu`; ``input2`` has the shape of ``input``, and the result has the
     memory format of ``input``. Raises as :func:`batch_norm_add_relu` does.
     """
-    _check_residual(input2, "input2", input, relu)
+    branch = (input, weight, bias, running_mean, running_var)
+    branch2 = (input2, weight2, bias2, running_mean2, running_var2)
+    if _eligible(input, input2, running_mean, running_var, training, momentum, eps) and _eligible(
+        input2, None, running_mean2, running_var2, training, momentum2, eps2
+    ):
+        try:
+            save = torch.is_grad_enabled() and (
+                _requires_grad(input, weight, bias, input2) or _requires_grad(weight2, bias2)
+            )
+            if not training:
+                return _call("dual_batch_norm_add_relu_eval", save, (*branch, *branch2, eps, eps2, relu, save))
+            tensors, settings = (input, weight, bias, input2, weight2, bias2), (eps, eps2, relu, save)
+            running = (running_mean, running_var, momentum, running_mean2, running_var2, momentum2)
+            return _call_training("dual_batch_norm_add_relu_train", save, tensors, settings, running)
+        except (RuntimeError, TypeError, AttributeError):
+            fit = _fits(input2, input) and _vectors_fit(*branch) and _vectors_fit(*branch2)
+            if fit and not _is_single_value(input, training):
+                raise
     if training:
         F._verify_batch_size(input.size())
-    if (
-        not _fusible(input, weight, bias, running_mean, running_var, training, momentum, eps)
-        or not _fusible(input2, weight2, bias2, running_mean2, running_var2, training, momentum2, eps2)
-        or input.dtype != input2.dtype
-    ):
-        # All of the first branch is checked before the second writes its running statistics.
-        checks.unfused_batch_norm(input2, running_mean2, running_var2, weight2, bias2, suffix="2")
-        checks.unfused_batch_norm(input, running_mean, running_var, weight, bias)
-        checks.unfused_batch_norm_options(running_mean, running_var, weight, bias, training, momentum, eps)
-        shortcut = F.batch_norm(input2, running_mean2, running_var2, weight2, bias2, training, momentum2, eps2)
-        return batch_norm_add_relu(
-            input, running_mean, running_var, weight, bias, shortcut, training, momentum, eps, relu
-        )
-
-    save = torch.is_grad_enabled() and (_requires_grad(input, weight, bias, input2) or _requires_grad(weight2, bias2))
-    if not training:
-        arguments = (input, weight, bias, running_mean, running_var)
-        arguments += (input2, weight2, bias2, running_mean2, running_var2, eps, eps2, relu, save)
-        return _call("dual_batch_norm_add_relu_eval", save, arguments)[0]
-    arguments = (input, weight, bias, input2, weight2, bias2, eps, eps2, relu, save)
-    output, mean, var, _, mean2, var2, _, _ = _call("dual_batch_norm_add_relu_train", save, arguments)
-    _update_running_stats(running_mean, running_var, mean, var, momentum, input)
-    _update_running_stats(running_mean2, running_var2, mean2, var2, momentum2, input2)
-    return output
+    _check_residual(input2, "input2", input, relu)
+    # All of the first branch is checked before the second writes its running statistics.
+    checks.unfused_batch_norm(input2, running_mean2, running_var2, weight2, bias2, suffix="2")
+    checks.unfused_batch_norm(input, running_mean, running_var, weight, bias)
+    checks.unfused_batch_norm_options(running_mean, running_var, weight, bias, training, momentum, eps)
+    running_mean2, running_var2 = _updated_once(training, running_mean2, running_var2)
+    shortcut = F.batch_norm(input2, running_mean2, running_var2, weight2, bias2, training, momentum2, eps2)
+    return batch_norm_add_relu(input, running_mean, running_var, weight, bias, shortcut, training, momentum, eps, relu)
 
 
 def add_relu(input: Tensor, residual: Tensor) -> Tensor:
@@ -133,7 +143,7 @@ def add_relu(input: Tensor, residual: Tensor) -> Tensor:
     if input.dtype != residual.dtype or not backend.is_fused(input):
         return _add_relu_unfused(input, residual, True)
     save = torch.is_grad_enabled() and _requires_grad(input, residual)
-    return _call("add_relu", save, (input, residual, save))[0]
+    return _call("add_relu", save, (input, residual, save))
 
 
 def in_recomputation() -> bool:
@@ -144,20 +154,37 @@ def in_recomputation() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def _call(name: str, save: bool, arguments: tuple):
+def _call(name: str, save: bool, arguments: tuple) -> Tensor:
     if torch.compiler.is_compiling():
-        return getattr(_OPS, name)(*arguments)
+        return getattr(_OPS, name).default(*arguments)[0]
     if save:
         return autograd.FUNCTIONS[name].apply(*arguments)
     with autograd.below_autograd():
-        return getattr(_OPS, name).default(*arguments)
+        return getattr(_OPS, name).default(*arguments)[0]
 
 
-def _update_running_stats(running_mean, running_var, mean, var, momentum, input) -> None:
-    if (running_mean is None and running_var is None) or in_recomputation():
-        return
-    count = input.numel() // input.shape[1] if input.shape[1] else 0
-    _OPS.update_running_stats.default(running_mean, running_var, mean, var, momentum, count)
+def _call_training(name: str, save: bool, tensors: tuple, settings: tuple, running: tuple) -> Tensor:
+    """``running``: running mean, running variance and momentum, of each branch."""
+    if torch.compiler.is_compiling():
+        # A graph takes the functional operator, whose gradient it knows, and the update beside it.
+        output, *statistics = getattr(_OPS, name).default(*tensors, *settings)
+        count = output.numel() // output.shape[1] if output.shape[1] else 0
+        for i in range(0, len(running), 3):
+            mean, var, momentum = running[i : i + 3]
+            _OPS.update_running_stats.default(mean, var, *statistics[i : i + 2], momentum, count)
+        return output
+    if in_recomputation():
+        running = tuple(None if isinstance(value, Tensor) else value for value in running)
+    if save:
+        return autograd.FUNCTIONS_WITH_UPDATE[name].apply(*tensors, (*settings, *running))
+    return autograd.WITH_UPDATE[name](*tensors, (*settings, *running))[1][0]
+
+
+def _updated_once(training: bool, *running: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Copies in a recomputation: they take the second update where torch's own operation runs."""
+    if not training or not in_recomputation():
+        return running
+    return tuple(None if statistic is None else statistic.clone() for statistic in running)
 
 
 def _add_relu_unfused(output: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
@@ -166,31 +193,56 @@ def _add_relu_unfused(output: Tensor, residual: Tensor | None, relu: bool) -> Te
     return F.relu(output) if relu else output
 
 
+def _is_single_value(input: Tensor, training: bool) -> bool:
+    """Whether a channel has one value, of which torch makes no statistics."""
+    return training and input.numel() == input.shape[1]
+
+
+def _fits(residual: Tensor | None, input: Tensor) -> bool:
+    """Whether ``residual`` is none or what the fused operator takes."""
+    return residual is None or (
+        isinstance(residual, Tensor)
+        and residual.shape == input.shape
+        and residual.dtype == input.dtype
+        and residual.device == input.device
+    )
+
+
 def _requires_grad(*tensors: Tensor | None) -> bool:
-    return any(t is not None and t.requires_grad for t in tensors)
+    for tensor in tensors:  # a loop takes a third of the time of any()
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
 
 
-def _fusible(input: Tensor, weight, bias, running_mean, running_var, training: bool, momentum, eps) -> bool:
-    """Whether the fused operator serves these; where not, torch's own operations do, or raise their own errors."""
-    if not isinstance(input, Tensor) or not backend.is_fused(input) or input.dim() < 2:
+def _eligible(input, residual, running_mean, running_var, training: bool, momentum, eps) -> bool:
+    """Whether the fused operator may be tried: what it cannot see by itself is as it needs it."""
+    if (
+        not isinstance(input, Tensor)
+        or not backend.is_fused(input)
+        or not isinstance(momentum, _NUMBERS)
+        or not eps > 0
+    ):
         return False
-    if (running_mean is None) != (running_var is None) or (running_mean is None and not training):
+    if residual is not None and not (isinstance(residual, Tensor) and residual.layout is torch.strided):
         return False
-    if not isinstance(momentum, _NUMBERS) or not eps > 0:
-        return False
-    dtype, channels = None, input.shape[1]
-    for vector in (weight, bias, running_mean, running_var):
+    if not isinstance(running_mean, Tensor) or not isinstance(running_var, Tensor):
+        return running_mean is None and running_var is None and training
+    return not ((running_mean.requires_grad or running_var.requires_grad) and torch.is_grad_enabled())
+
+
+def _vectors_fit(input: Tensor, *vectors: Tensor | None) -> bool:
+    """Whether vectors of channels are what the fused operator takes."""
+    dtype = None
+    for vector in vectors:
         if vector is None:
             continue
         if not isinstance(vector, Tensor) or vector.layout is not torch.strided:
             return False
-        if dtype is None:
-            dtype = vector.dtype
-            if dtype != input.dtype and (dtype != torch.float32 or input.dtype == torch.float64):
-                return False
-        if vector.dtype != dtype or vector.device != input.device or vector.dim() != 1 or vector.shape[0] != channels:
+        dtype = dtype or vector.dtype
+        if vector.dtype != dtype or vector.device != input.device or vector.shape != input.shape[1:2]:
             return False
-    return not (torch.is_grad_enabled() and _requires_grad(running_mean, running_var))
+    return dtype is None or dtype == input.dtype or (dtype == torch.float32 and input.dtype != torch.float64)
 
 
 def _check_residual(residual: Tensor, name: str, input: Tensor, relu: bool) -> None:

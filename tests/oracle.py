@@ -518,9 +518,10 @@ def away_from_the_kink(case: Case) -> Case:
 def scales(case: Case) -> dict[str, float]:
     """The largest terms that results are added up from, which may be larger than any element of the result.
 
-    output = normalized weight + bias + residual. grad_weight = invstd (sum(grad x) - mean sum(grad)), where the saved
-    mean is rounded. In training grad_input = weight invstd (grad - mean(grad) - ...), next to nothing for a batch of
-    two, whatever the gradient. No arithmetic rounds a difference better than its terms.
+    output = weight invstd x - weight invstd mean + bias + residual, and grad_weight = invstd (sum(grad x) - mean
+    sum(grad)), where a batch's mean is rounded to be saved (a running mean is what it is, and the difference to it is
+    the term). In training grad_input = weight invstd (grad - mean(grad) - ...), next to nothing for a batch of two,
+    whatever the gradient. No arithmetic rounds a difference better than its terms.
 
     In float64 there is no wider type to add in: n additions, in whatever order, are off by at most n units of the sum
     of the absolute terms (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 4.2), and so is what is
@@ -543,6 +544,8 @@ def scales(case: Case) -> dict[str, float]:
         invstd = (var + b.eps).rsqrt()
         scale = invstd if b.weight is None else invstd * b.weight.detach().double()
         terms.append((x - mean.reshape(column)) * scale.reshape(column))
+        if case.training:
+            terms.append(mean * scale)
         if b.bias is not None:
             terms.append(b.bias.detach().double())
         result["grad_input" + suffix] = grad * scale.abs().reshape(column)

@@ -44,7 +44,7 @@ def _forward_arguments(name, case, requires_grad=False):
     return (*first, *running, *second, b.running_mean, b.running_var, a.eps, b.eps, case.relu, True)
 
 
-def _backward_arguments(name, case):
+def _other_arguments(name, case):
     a = case.branches[0]
     running = (a.running_mean, a.running_var)
     results = oracle.operator_results(case)
@@ -53,6 +53,14 @@ def _backward_arguments(name, case):
     if name == "add_relu_backward":
         output, mask = OPS.add_relu(a.input, case.grad_output, True)
         return (case.grad_output.contiguous(memory_format=ops.layout.suggest_memory_format(output)), mask)
+    if name.endswith("with_update"):
+        first, running = (a.input, a.weight, a.bias), (a.running_mean, a.running_var)
+        if not name.startswith("dual"):
+            return (*first, case.residual, *running, a.momentum, a.eps, case.relu, True)
+        b = case.branches[1]
+        second, running2 = (b.input, b.weight, b.bias), (b.running_mean, b.running_var)
+        options = (a.momentum, b.momentum, a.eps, b.eps, case.relu, True)
+        return (*first, *running, *second, *running2, *options)
     if name == "update_running_stats":
         return (*running, *results[1:3], 0.1, 30)
     common = (case.grad_output, a.input, a.weight, a.bias)
@@ -82,9 +90,12 @@ FORWARD = (
     "dual_batch_norm_add_relu_train",
     "dual_batch_norm_add_relu_eval",
 )
-BACKWARD = (
+# What has no gradient or is one.
+OTHERS = (
     "add_relu_backward",
     "update_running_stats",
+    "batch_norm_add_relu_train_with_update",
+    "dual_batch_norm_add_relu_train_with_update",
     "batch_norm_add_relu_train_backward",
     "batch_norm_add_relu_eval_backward",
     "batch_norm_add_relu_backward_reduce",
@@ -95,7 +106,7 @@ BACKWARD = (
 
 
 def test_every_operator_is_checked():
-    assert sorted(FORWARD + BACKWARD) == sorted(ops.OPERATORS)
+    assert sorted(FORWARD + OTHERS) == sorted(ops.OPERATORS)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -116,11 +127,11 @@ def test_forward_operators_without_a_mask(training, form, device):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("name", BACKWARD)
-def test_backward_operators(name, layout, device):
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_operators(name, layout, device):
     form = "dual_relu" if name.startswith("dual") else "bn_add_relu"
     case = _case(form, "eval" not in name, layout, device)
-    torch.library.opcheck(getattr(OPS, name).default, _backward_arguments(name, case))
+    torch.library.opcheck(getattr(OPS, name).default, _other_arguments(name, case))
 
 
 @pytest.mark.parametrize("shape", [(4, 9), (2, 9, 7), (0, 9, 2, 2), (3, 9, 1, 1), (2, 9, 2, 3, 2)], ids=str)

@@ -60,6 +60,18 @@ void run(const ForwardArguments<T>& arguments) {
   }
 }
 
+void check_eval_dtypes(const MaybeTensor& weight, const MaybeTensor& bias, const Tensor& running_mean,
+                       const Tensor& running_var) {
+  const MaybeTensor mean(running_mean), var(running_var);
+  check_one_dtype({&weight, &bias, &mean, &var});
+}
+
+// torch makes no statistics of one value.
+void check_count(const Tensor& input) {
+  STD_TORCH_CHECK(input.numel() != input.size(1), "Expected more than 1 value per channel when training, got input size ",
+                  shape_text(input));
+}
+
 // Statistics and normalization.
 template <typename T>
 void run_training(const ForwardArguments<T>& arguments, Branch<T>& branch, Branch<T>* branch2) {
@@ -104,8 +116,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_add_relu_train_with_update
   check_per_channel(weight, "weight", input);
   check_per_channel(bias, "bias", input);
   check_same(residual, "residual", input);
-  check_running(running_mean, "running_mean", input.size(1));
-  check_running(running_var, "running_var", input.size(1));
+  check_per_channel(running_mean, "running_mean", input);
+  check_per_channel(running_var, "running_var", input);
+  check_one_dtype({&weight, &bias, &running_mean, &running_var});
+  check_count(input);
   return dispatch(input.scalar_type(), [&]<typename T>() {
     const Tensor x = dense(input, memory_format(input));
     Branch<T> branch(x, weight, bias, eps, shape_of(x));
@@ -124,13 +138,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_batch_norm_add_r
   check_input(input);
   check_per_channel(weight, "weight", input);
   check_per_channel(bias, "bias", input);
-  check_running(running_mean, "running_mean", input.size(1));
-  check_running(running_var, "running_var", input.size(1));
+  check_per_channel(running_mean, "running_mean", input);
+  check_per_channel(running_var, "running_var", input);
+  check_one_dtype({&weight, &bias, &running_mean, &running_var});
   check_same(input2, "input2", input);
   check_per_channel(weight2, "weight2", input);
   check_per_channel(bias2, "bias2", input);
-  check_running(running_mean2, "running_mean2", input.size(1));
-  check_running(running_var2, "running_var2", input.size(1));
+  check_per_channel(running_mean2, "running_mean2", input);
+  check_per_channel(running_var2, "running_var2", input);
+  check_one_dtype({&weight2, &bias2, &running_mean2, &running_var2});
+  check_count(input);
   return dispatch(input.scalar_type(), [&]<typename T>() {
     const MemoryFormat format = memory_format(input);
     const Tensor x = dense(input, format);
@@ -177,6 +194,7 @@ std::tuple<Tensor, Tensor> batch_norm_add_relu_eval(const Tensor& input, const M
   check_same(residual, "residual", input);
   check_per_channel(running_mean, "running_mean", input);
   check_per_channel(running_var, "running_var", input);
+  check_eval_dtypes(weight, bias, running_mean, running_var);
   return dispatch(input.scalar_type(), [&]<typename T>() {
     const Tensor x = dense(input, memory_format(input));
     Branch<T> branch(x, weight, bias, eps, shape_of(x));
@@ -201,6 +219,8 @@ std::tuple<Tensor, Tensor> dual_batch_norm_add_relu_eval(
   check_per_channel(bias2, "bias2", input);
   check_per_channel(running_mean2, "running_mean2", input);
   check_per_channel(running_var2, "running_var2", input);
+  check_eval_dtypes(weight, bias, running_mean, running_var);
+  check_eval_dtypes(weight2, bias2, running_mean2, running_var2);
   return dispatch(input.scalar_type(), [&]<typename T>() {
     const MemoryFormat format = memory_format(input);
     const Tensor x = dense(input, format);

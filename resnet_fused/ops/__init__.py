@@ -12,7 +12,9 @@ library.load()
 
 from . import autocast, autograd, fake, reference  # noqa: E402  (they need the operators to exist)
 
-OPERATORS = tuple(name for name, member in vars(fake).items() if getattr(member, "__module__", "") == fake.__name__ and name[0] != "_")
+OPERATORS = tuple(
+    name for name, member in vars(fake).items() if getattr(member, "__module__", "") == fake.__name__ and name[0] != "_"
+)
 
 _REGISTRATIONS = torch.library.Library("resnet_fused", "IMPL")
 
@@ -21,7 +23,7 @@ def _register() -> None:
     for name in OPERATORS:
         _REGISTRATIONS.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
         torch.library.register_fake(f"resnet_fused::{name}", getattr(fake, name), lib=_REGISTRATIONS)
-    autograd.register()
+    autograd.register(_REGISTRATIONS)
     autocast.register(_REGISTRATIONS)
 
 

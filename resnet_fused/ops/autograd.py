@@ -1,7 +1,7 @@
 """The gradient of every operator, written once and used twice.
 
 ``torch.library.register_autograd`` gets the formulas, so that the operators differentiate on their own and under torch.compile. Eager
-calls go through an ``autograd.Function`` with the same formulas (:func:`differentiable`): that costs a third less
+calls go through an ``autograd.Function`` with the same formulas: that costs a third less
 time on the host than a registered formula, which is what counts for small tensors.
 
 A formula runs the fused backward operator. Where a graph of the gradient is asked for (double backward), it runs the reference
@@ -17,6 +17,8 @@ from torch.autograd import forward_ad
 from . import layout, reference
 
 _LIBRARY = torch.ops.resnet_fused
+_TRAIN_BACKWARD = _LIBRARY.batch_norm_add_relu_train_backward.default
+_TRAIN_WITH_UPDATE = _LIBRARY.batch_norm_add_relu_train_with_update.default
 
 
 def _excluded_keys():
@@ -34,51 +36,88 @@ def below_autograd():
     return torch._C._ExcludeDispatchKeyGuard(_ABOVE_KERNELS)
 
 
-def _restored(saved: Tensor, memory_format: torch.memory_format) -> Tensor:
+def _restored(saved: Tensor, strides: tuple[int, ...]) -> Tensor:
     """A saved tensor in the layout its mask was written for: saved-tensor hooks such as ``save_on_cpu`` may change it."""
-    return saved.contiguous(memory_format=memory_format)
+    if saved.stride() == strides:
+        return saved
+    then = torch.empty_strided(saved.shape, strides, dtype=saved.dtype, device="meta")
+    return layout.dense(saved, then)
 
 
 class _Formula:
-    """What one operator saves for its backward (``save``) and how its gradient follows from that (``backward``)."""
+    """What one operator saves for its backward (``save``) and how its gradient follows from that (``backward``).
 
-    def __init__(self, name: str, save: Callable, backward: Callable, differentiable_outputs: int = 1):
+    ``backward`` gives the gradients of the leading arguments; those after them have none.
+    """
+
+    def __init__(self, name: str, save: Callable, backward: Callable):
         self.name = name
         self.op = getattr(_LIBRARY, name).default
         self._save = save
         self._backward = backward
-        self._differentiable_outputs = differentiable_outputs
 
     def setup_context(self, ctx, inputs, output) -> None:
-        ctx.mark_non_differentiable(*output[self._differentiable_outputs :])
+        ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.memory_format = layout.suggest_memory_format(inputs[0])
+        self.save(ctx, inputs, output)
+
+    def save(self, ctx, inputs, output) -> None:
+        ctx.strides = inputs[0].stride()
         self._save(ctx, inputs, output)
 
     def backward(self, ctx, grad_output, *_):
+        count = len(ctx.needs_input_grad)
         if grad_output is None:
-            return (None,) * len(ctx.needs_input_grad)
-        return self._backward(ctx, grad_output)
+            return _NOTHING[:count]
+        gradients = self._backward(ctx, grad_output)
+        return gradients + _NOTHING[len(gradients) : count]
 
     def function(self) -> type[torch.autograd.Function]:
+        """The operator for eager calls, with the arguments of the operator and its first result."""
+
         def forward(ctx, *inputs):
             with below_autograd():
                 output = self.op(*inputs)
-            self.setup_context(ctx, inputs, output)
-            return output
+            self.save(ctx, inputs, output)
+            return output[0]
 
-        members = {"forward": staticmethod(forward), "backward": staticmethod(self.backward)}
+        return self._function(forward, self.backward)
+
+    def function_with_update(self, run: Callable) -> type[torch.autograd.Function]:
+        """The same through the operator that updates running statistics too.
+
+        Its arguments are those of the functional operator that may have a gradient, and one tuple of the others, for each
+        argument costs the host time; ``run`` gives the functional operator's arguments and results.
+        """
+
+        def forward(ctx, *inputs):
+            inputs, output = run(*inputs)
+            ctx.strides = inputs[0].stride()
+            self._save(ctx, inputs, output)
+            return output[0]
+
+        def backward(ctx, grad_output):
+            return *self._backward(ctx, grad_output), None
+
+        return self._function(forward, backward)
+
+    def _function(self, forward: Callable, backward: Callable) -> type[torch.autograd.Function]:
+        members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         return type(self.name, (torch.autograd.Function,), members)
+
+
+_NOTHING = (None,) * 16
 
 
 def _backward_op(name: str, *arguments):
     """The fused operator, or the reference where a graph of the gradient is asked for."""
     if torch.is_grad_enabled():
         return getattr(reference, name)(*arguments)
+    op = getattr(_LIBRARY, name).default
     if torch.compiler.is_compiling():
-        return getattr(_LIBRARY, name).default(*arguments)
+        return op(*arguments)
     with below_autograd():
-        return getattr(_LIBRARY, name).default(*arguments)
+        return op(*arguments)
 
 
 def _batch_statistics(input: Tensor, eps: float, mean: Tensor, invstd: Tensor):
@@ -108,33 +147,30 @@ def _save_train(ctx, inputs, output):
 
 
 def _backward_train(ctx, grad_output):
+    # Written for speed on the host: small tensors wait for it.
     input, weight, bias, mean, invstd, mask = ctx.saved_tensors
-    needs_input, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
-    input = _restored(input, ctx.memory_format)
-    mean, invstd = _batch_statistics(input, ctx.eps, mean, invstd)
-    grad_input, grad_residual, grad_weight, grad_bias = _backward_op(
-        "batch_norm_add_relu_train_backward",
-        grad_output,
-        input,
-        weight,
-        bias if mask is None else weight,  # with a mask only its dtype counts
-        mean,
-        invstd,
-        mask,
-        ctx.relu,
-        needs_input,
-        needs_residual and ctx.relu,
-        needs_weight,
-        needs_bias,
-    )
+    needs_input, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
+    relu = ctx.relu
+    if input.stride() != ctx.strides:
+        input = _restored(input, ctx.strides)
+    if mask is not None:
+        bias = weight  # only its dtype counts
+    needs = (needs_input, needs_residual and relu, needs_weight, needs_bias)
+    if torch.is_grad_enabled():
+        mean, invstd = _batch_statistics(input, ctx.eps, mean, invstd)
+        run = reference.batch_norm_add_relu_train_backward
+        gradients = run(grad_output, input, weight, bias, mean, invstd, mask, relu, *needs)
+    else:
+        with below_autograd():
+            gradients = _TRAIN_BACKWARD(grad_output, input, weight, bias, mean, invstd, mask, relu, *needs)
+    grad_input, grad_residual, grad_weight, grad_bias = gradients
+    if not relu:
+        grad_residual = grad_output  # as it is: no operator need write it again
     return (
         grad_input if needs_input else None,
         grad_weight if needs_weight else None,
         grad_bias if needs_bias else None,
-        _residual_gradient(ctx.relu, needs_residual, grad_output, grad_residual),
-        None,
-        None,
-        None,
+        grad_residual if needs_residual else None,
     )
 
 
@@ -155,7 +191,7 @@ def _backward_eval(ctx, grad_output):
     grad_input, grad_residual, grad_weight, grad_bias = _backward_op(
         "batch_norm_add_relu_eval_backward",
         grad_output,
-        _restored(input, ctx.memory_format),
+        _restored(input, ctx.strides),
         weight,
         bias if mask is None else weight,  # with a mask only its dtype counts
         running_mean,
@@ -173,7 +209,6 @@ def _backward_eval(ctx, grad_output):
         grad_weight if needs_weight else None,
         grad_bias if needs_bias else None,
         _residual_gradient(ctx.relu, needs_residual, grad_output, grad_residual),
-        *[None] * 5,
     )
 
 
@@ -191,7 +226,7 @@ def _backward_apply(ctx, grad_output):
     """Statistics are inputs of their own here: SyncBatchNorm, which made them from its input, has a backward of its own."""
     input, weight, bias, mean, invstd, mask = ctx.saved_tensors
     needs_input, needs_weight, needs_bias, needs_residual, needs_mean, needs_invstd = ctx.needs_input_grad[:6]
-    input = _restored(input, ctx.memory_format)
+    input = _restored(input, ctx.strides)
     with torch.set_grad_enabled(torch.is_grad_enabled()):
         zeros = torch.zeros_like(invstd)
         common = (grad_output, input, weight, bias, mean, invstd, mask)
@@ -213,8 +248,6 @@ def _backward_apply(ctx, grad_output):
             _residual_gradient(ctx.relu, needs_residual, grad_output, grad_residual),
             -sum_grad * invstd * scale if needs_mean else None,
             sum_grad_xmu * scale if needs_invstd else None,
-            None,
-            None,
         )
 
 
@@ -231,7 +264,7 @@ def _save_dual_train(ctx, inputs, output):
 def _backward_dual_train(ctx, grad_output):
     input, weight, mean, invstd, input2, weight2, mean2, invstd2, mask = ctx.saved_tensors
     needs = ctx.needs_input_grad[:6]
-    input, input2 = (_restored(saved, ctx.memory_format) for saved in (input, input2))
+    input, input2 = (_restored(saved, ctx.strides) for saved in (input, input2))
     mean, invstd = _batch_statistics(input, ctx.eps, mean, invstd)
     mean2, invstd2 = _batch_statistics(input2, ctx.eps2, mean2, invstd2)
     gradients = _backward_op(
@@ -249,7 +282,7 @@ def _backward_dual_train(ctx, grad_output):
         ctx.relu,
         *needs,
     )
-    return *[g if needed else None for g, needed in zip(gradients, needs, strict=True)], *[None] * 4
+    return tuple(g if needed else None for g, needed in zip(gradients, needs, strict=True))
 
 
 def _save_dual_eval(ctx, inputs, output):
@@ -262,7 +295,7 @@ def _backward_dual_eval(ctx, grad_output):
     input, weight, mean, var, input2, weight2, mean2, var2, mask = ctx.saved_tensors
     flags = ctx.needs_input_grad
     needs = (*flags[0:3], *flags[5:8])
-    input, input2 = (_restored(saved, ctx.memory_format) for saved in (input, input2))
+    input, input2 = (_restored(saved, ctx.strides) for saved in (input, input2))
     gradients = _backward_op(
         "dual_batch_norm_add_relu_eval_backward",
         grad_output,
@@ -281,7 +314,7 @@ def _backward_dual_eval(ctx, grad_output):
         *needs,
     )
     gradients = [g if needed else None for g, needed in zip(gradients, needs, strict=True)]
-    return *gradients[:3], None, None, *gradients[3:], *[None] * 6
+    return *gradients[:3], None, None, *gradients[3:]
 
 
 # relu(input + residual) ------------------------------------------------------------------------------------------------
@@ -293,9 +326,9 @@ def _save_add_relu(ctx, inputs, output):
 
 def _backward_add_relu(ctx, grad_output):
     (mask,) = ctx.saved_tensors
-    grad = _backward_op("add_relu_backward", _restored(grad_output, ctx.memory_format), mask)
+    grad = _backward_op("add_relu_backward", _restored(grad_output, ctx.strides), mask)
     needs_input, needs_residual, _ = ctx.needs_input_grad
-    return grad if needs_input else None, grad if needs_residual else None, None
+    return grad if needs_input else None, grad if needs_residual else None
 
 
 FORMULAS = [
@@ -320,6 +353,51 @@ THROUGH_REFERENCE = [
 ]
 
 FUNCTIONS = {formula.name: formula.function() for formula in FORMULAS}
+
+
+def _train_with_update(input, weight, bias, residual, settings):
+    eps, relu, save_mask, running_mean, running_var, momentum = settings
+    output, mean, invstd, mask = _TRAIN_WITH_UPDATE(
+        input, weight, bias, residual, running_mean, running_var, momentum, eps, relu, save_mask
+    )
+    return (input, weight, bias, residual, eps, relu, save_mask), (output, mean, None, invstd, mask)
+
+
+def _dual_train_with_update(input, weight, bias, input2, weight2, bias2, settings):
+    eps, eps2, relu, save_mask, running_mean, running_var, momentum, running_mean2, running_var2, momentum2 = settings
+    output, mean, invstd, mean2, invstd2, mask = _LIBRARY.dual_batch_norm_add_relu_train_with_update.default(
+        input,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        input2,
+        weight2,
+        bias2,
+        running_mean2,
+        running_var2,
+        momentum,
+        momentum2,
+        eps,
+        eps2,
+        relu,
+        save_mask,
+    )
+    inputs = (input, weight, bias, input2, weight2, bias2, eps, eps2, relu, save_mask)
+    return inputs, (output, mean, None, invstd, mean2, None, invstd2, mask)
+
+
+# Training in eager: the tensors that may have a gradient, then (*settings of the functional operator, then running mean,
+# running variance and momentum of each branch).
+WITH_UPDATE = {
+    "batch_norm_add_relu_train": _train_with_update,
+    "dual_batch_norm_add_relu_train": _dual_train_with_update,
+}
+FUNCTIONS_WITH_UPDATE = {
+    formula.name: formula.function_with_update(WITH_UPDATE[formula.name])
+    for formula in FORMULAS
+    if formula.name in WITH_UPDATE
+}
 
 
 def _save_inputs(ctx, inputs, output) -> None:
@@ -384,8 +462,11 @@ def _has_tangent(value) -> bool:
 _REGISTRATIONS = _AutogradLibrary("resnet_fused", "FRAGMENT")
 
 
-def register() -> None:
+def register(library: torch.library.Library) -> None:
     """Hands the formulas to torch.library."""
+    for name in WITH_UPDATE:
+        # Called below autograd alone: no guard need keep it out.
+        library.impl(f"{name}_with_update", torch.library.fallthrough_kernel, "Autograd")
     formulas = [(f.name, f.backward, f.setup_context) for f in FORMULAS]
     formulas += [(name, _backward_through(name), _save_inputs) for name in THROUGH_REFERENCE]
     for name, backward, setup_context in formulas:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 
 BACKENDS = ("auto", "compiled", "reference")
 DTYPES = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
@@ -69,19 +71,15 @@ def is_fused(input: Tensor) -> bool:
     choice = _current_while_compiling() if compiling else _choice.get()
     if choice == "reference" or input.dtype not in DTYPES or input.layout is not torch.strided:
         return False
-    if input.device.type not in _COMPILED_DEVICES:
+    if not (input.is_cpu or input.device.type in _COMPILED_DEVICES):
         if choice == "compiled":
             raise RuntimeError(f"the backend 'compiled' was asked for, but {why_not_compiled(input.device)}")
         return False
-    if compiling:
-        return True
     # functorch's transforms and forward-mode AD differentiate torch's operations, not ours.
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    if torch.autograd.forward_ad._current_level >= 0:
+    if not compiling and (peek_interpreter_stack() is not None or forward_ad._current_level >= 0):
         return False
     kind = type(input)
-    return kind is Tensor or kind is torch.nn.Parameter or not _is_wrapper(input)
+    return compiling or kind is Tensor or kind is torch.nn.Parameter or not _is_wrapper(input)
 
 
 def _is_wrapper(input: Tensor) -> bool:

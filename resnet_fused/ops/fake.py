@@ -55,7 +55,18 @@ def batch_norm_add_relu_backward_reduce(grad_output, input, weight, bias, mean, 
 
 
 def batch_norm_add_relu_backward_apply(
-    grad_output, input, weight, bias, mean, invstd, mask, mean_grad, mean_grad_xmu, relu, needs_input_grad, needs_residual_grad
+    grad_output,
+    input,
+    weight,
+    bias,
+    mean,
+    invstd,
+    mask,
+    mean_grad,
+    mean_grad_xmu,
+    relu,
+    needs_input_grad,
+    needs_residual_grad,
 ):
     _check_backward(grad_output, input, weight, bias, mean, mask)
     return _or_empty(needs_input_grad, input), _or_empty(needs_residual_grad, input)
@@ -247,3 +258,42 @@ def add_relu_backward(grad_output, mask):
 
 def update_running_stats(running_mean, running_var, mean, var, momentum, count):
     return None
+
+
+def _check_running(input, **vectors):
+    for name, vector in vectors.items():
+        checks.per_channel(vector, name, input)
+
+
+def batch_norm_add_relu_train_with_update(
+    input, weight, bias, residual, running_mean, running_var, momentum, eps, relu, save_mask
+):
+    _check_running(input, running_mean=running_mean, running_var=running_var)
+    output, mean, _, invstd, mask = batch_norm_add_relu_train(input, weight, bias, residual, eps, relu, save_mask)
+    return output, mean, invstd, mask
+
+
+def dual_batch_norm_add_relu_train_with_update(
+    input,
+    weight,
+    bias,
+    running_mean,
+    running_var,
+    input2,
+    weight2,
+    bias2,
+    running_mean2,
+    running_var2,
+    momentum,
+    momentum2,
+    eps,
+    eps2,
+    relu,
+    save_mask,
+):
+    _check_running(input, running_mean=running_mean, running_var=running_var)
+    _check_running(input, running_mean2=running_mean2, running_var2=running_var2)
+    output, mean, _, invstd, mean2, _, invstd2, mask = dual_batch_norm_add_relu_train(
+        input, weight, bias, input2, weight2, bias2, eps, eps2, relu, save_mask
+    )
+    return output, mean, invstd, mean2, invstd2, mask

@@ -86,7 +86,9 @@ def _input_gradient(grad, input, weight, mean, invstd, mean_grad, mean_grad_xmu)
     xmu = input.to(dtype) - _channel(mean, input, dtype)
     slope = mean_grad_xmu * invstd * invstd
     scale = invstd if weight is None else invstd * weight.to(dtype)
-    value = (grad - _channel(mean_grad, input, dtype) - xmu * _channel(slope, input, dtype)) * _channel(scale, input, dtype)
+    value = (grad - _channel(mean_grad, input, dtype) - xmu * _channel(slope, input, dtype)) * _channel(
+        scale, input, dtype
+    )
     return layout.dense(value.to(input.dtype), input)
 
 
@@ -116,7 +118,18 @@ def batch_norm_add_relu_backward_reduce(grad_output, input, weight, bias, mean, 
 
 
 def batch_norm_add_relu_backward_apply(
-    grad_output, input, weight, bias, mean, invstd, mask, mean_grad, mean_grad_xmu, relu, needs_input_grad, needs_residual_grad
+    grad_output,
+    input,
+    weight,
+    bias,
+    mean,
+    invstd,
+    mask,
+    mean_grad,
+    mean_grad_xmu,
+    relu,
+    needs_input_grad,
+    needs_residual_grad,
 ):
     keep = _keep(mask, input, relu, weight, bias, mean, invstd)
     grad = _behind_relu(grad_output, input, keep)
@@ -208,10 +221,12 @@ def batch_norm_add_relu_eval_backward(
     )
     sums = (None, None)
     if needs_weight_grad or needs_bias_grad:
-        sums = batch_norm_add_relu_backward_reduce(
-            grad_output, input, weight, bias, running_mean, invstd, mask, relu
-        )
-    return grad_input, grad_residual, *_affine_gradients(*sums, weight, bias, invstd, needs_weight_grad, needs_bias_grad)
+        sums = batch_norm_add_relu_backward_reduce(grad_output, input, weight, bias, running_mean, invstd, mask, relu)
+    return (
+        grad_input,
+        grad_residual,
+        *_affine_gradients(*sums, weight, bias, invstd, needs_weight_grad, needs_bias_grad),
+    )
 
 
 def _dual_apply(input, weight, bias, mean, invstd, input2, weight2, bias2, mean2, invstd2, relu, save_mask):
@@ -343,3 +358,37 @@ def update_running_stats(running_mean, running_var, mean, var, momentum, count):
         if running is not None:
             dtype = torch.promote_types(running.dtype, batch.dtype)
             running.copy_((1 - momentum) * running.to(dtype) + momentum * batch)
+
+
+def batch_norm_add_relu_train_with_update(
+    input, weight, bias, residual, running_mean, running_var, momentum, eps, relu, save_mask
+):
+    output, mean, var, invstd, mask = batch_norm_add_relu_train(input, weight, bias, residual, eps, relu, save_mask)
+    update_running_stats(running_mean, running_var, mean, var, momentum, _count(input))
+    return output, mean, invstd, mask
+
+
+def dual_batch_norm_add_relu_train_with_update(
+    input,
+    weight,
+    bias,
+    running_mean,
+    running_var,
+    input2,
+    weight2,
+    bias2,
+    running_mean2,
+    running_var2,
+    momentum,
+    momentum2,
+    eps,
+    eps2,
+    relu,
+    save_mask,
+):
+    output, mean, var, invstd, mean2, var2, invstd2, mask = dual_batch_norm_add_relu_train(
+        input, weight, bias, input2, weight2, bias2, eps, eps2, relu, save_mask
+    )
+    update_running_stats(running_mean, running_var, mean, var, momentum, _count(input))
+    update_running_stats(running_mean2, running_var2, mean2, var2, momentum2, _count(input2))
+    return output, mean, invstd, mean2, invstd2, mask
