@@ -1,7 +1,7 @@
 """Builds the shared objects of the package: one for the schemas, one for each backend.
 
-They use the LibTorch Stable ABI of torch 2.10 and no symbol of Python, so that one wheel (cp310-abi3) serves every torch
-from 2.10 and every Python from 3.10. Everything else about the package stands in pyproject.toml.
+They use the LibTorch Stable ABI of torch 2.10 and no symbol of Python, so that one wheel (cp310-abi3) serves every
+torch from 2.10 and every Python from 3.10. Everything else about the package stands in pyproject.toml.
 """
 
 import os
@@ -28,6 +28,7 @@ def require_compiler() -> None:
 
 
 def extension(name: str, sources: list[str]):
+    """A shared object of the package."""
     from torch.utils.cpp_extension import CppExtension
 
     return CppExtension(
@@ -57,6 +58,7 @@ def extension(name: str, sources: list[str]):
 
 
 def main() -> None:
+    """Builds what setuptools is asked for."""
     require_compiler()
     from torch.utils.cpp_extension import BuildExtension
 

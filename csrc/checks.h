@@ -76,8 +76,9 @@ inline void check_per_channel(const Tensor& vector, const char* name, const Tens
                   "], one value a channel of input, got ", shape_text(vector));
   const ScalarType dtype = vector.scalar_type();
   const ScalarType statistics = statistics_dtype(input.scalar_type());
-  STD_TORCH_CHECK(dtype == input.scalar_type() || dtype == statistics, name, " must be ", dtype_name(input.scalar_type()),
-                  " or ", dtype_name(statistics), " for ", dtype_name(input.scalar_type()), " input, got ", dtype_name(dtype));
+  STD_TORCH_CHECK(dtype == input.scalar_type() || dtype == statistics, name, " must be ",
+                  dtype_name(input.scalar_type()), " or ", dtype_name(statistics), " for ",
+                  dtype_name(input.scalar_type()), " input, got ", dtype_name(dtype));
   check_device(vector, name, input);
 }
 

@@ -22,7 +22,9 @@ def batch_norm_add_relu(
     eps: float = 1e-5,
     relu: bool = True,
 ) -> Tensor:
-    """relu(batch_norm(input) + residual) in one operator; the arguments are those of :func:`torch.nn.functional.batch_norm`.
+    """relu(batch_norm(input) + residual) in one operator.
+
+    The arguments and their order are those of :func:`torch.nn.functional.batch_norm`, with two more.
 
     Args:
         input: (N, C, *), float64, float32, bfloat16 or float16, in any layout. The result has its memory format.
@@ -95,8 +97,8 @@ def dual_batch_norm_add_relu(
 ) -> Tensor:
     """relu(batch_norm(input) + batch_norm(input2)) in one operator: a block's end with a projection shortcut.
 
-    Each branch has the arguments of :func:`batch_norm_add_relu`; ``input2`` has the shape of ``input``, and the result has the
-    memory format of ``input``. Raises as :func:`batch_norm_add_relu` does.
+    Each branch has the arguments of :func:`batch_norm_add_relu`; ``input2`` has the shape of ``input``, and the
+    result has the memory format of ``input``. Raises as :func:`batch_norm_add_relu` does.
     """
     branch = (input, weight, bias, running_mean, running_var)
     branch2 = (input2, weight2, bias2, running_mean2, running_var2)
@@ -209,7 +211,7 @@ def _fits(residual: Tensor | None, input: Tensor) -> bool:
 
 
 def _requires_grad(*tensors: Tensor | None) -> bool:
-    for tensor in tensors:  # a loop takes a third of the time of any()
+    for tensor in tensors:  # noqa: SIM110  (any() takes three times as long)
         if tensor is not None and tensor.requires_grad:
             return True
     return False

@@ -15,9 +15,8 @@ constexpr int64_t kPiece = 16384;
 
 template <typename F>
 void parallel_elements(int64_t numel, const F& f) {
-  parallel((numel + kPiece - 1) / kPiece, numel, [&](int64_t begin, int64_t end) {
-    f(begin * kPiece, std::min(end * kPiece, numel));
-  });
+  parallel((numel + kPiece - 1) / kPiece, numel,
+           [&](int64_t begin, int64_t end) { f(begin * kPiece, std::min(end * kPiece, numel)); });
 }
 
 }  // namespace
@@ -35,7 +34,8 @@ std::tuple<Tensor, Tensor> add_relu(const Tensor& input, const Tensor& residual,
     const T* from = x.const_data_ptr<T>();
     const T* other = r.const_data_ptr<T>();
     T* to = output.mutable_data_ptr<T>();
-    parallel_elements(numel, [&](int64_t begin, int64_t end) { kernels<T>().add_relu(from, other, to, bits, begin, end); });
+    parallel_elements(numel,
+                      [&](int64_t begin, int64_t end) { kernels<T>().add_relu(from, other, to, bits, begin, end); });
     return std::tuple(output, mask);
   });
 }

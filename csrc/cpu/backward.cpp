@@ -23,7 +23,8 @@ template <typename T>
 struct Gradients {
   using C = Compute<T>;
 
-  Gradients(const Tensor& grad_output, const Branch<T>& branch, const Branch<T>* branch2, const MaybeTensor& mask, bool relu)
+  Gradients(const Tensor& grad_output, const Branch<T>& branch, const Branch<T>* branch2, const MaybeTensor& mask,
+            bool relu)
       : format(memory_format(branch.tensor)),
         grad_output(dense(grad_output, format)),
         branch(branch),
@@ -228,8 +229,8 @@ using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Four batch_norm_add_relu_train_backward(const Tensor& grad_output, const Tensor& input, const MaybeTensor& weight,
                                         const MaybeTensor& bias, const Tensor& mean, const Tensor& invstd,
-                                        const MaybeTensor& mask, bool relu, bool needs_input_grad, bool needs_residual_grad,
-                                        bool needs_weight_grad, bool needs_bias_grad) {
+                                        const MaybeTensor& mask, bool relu, bool needs_input_grad,
+                                        bool needs_residual_grad, bool needs_weight_grad, bool needs_bias_grad) {
   check_backward(grad_output, input, weight, bias, mean, invstd);
   return dispatch(input.scalar_type(), [&]<typename T>() {
     const Tensor x = dense(input, memory_format(input));
@@ -267,9 +268,9 @@ namespace {
 // Both duals: `statistics` fills the two branches, `run` makes the passes.
 template <typename Statistics, typename Run>
 Six dual_backward(const Tensor& grad_output, const Tensor& input, const MaybeTensor& weight, const Tensor& input2,
-                  const MaybeTensor& weight2, const MaybeTensor& mask, double eps, double eps2, bool relu, bool needs_input_grad,
-                  bool needs_weight_grad, bool needs_bias_grad, bool needs_input2_grad, bool needs_weight2_grad,
-                  bool needs_bias2_grad, const Statistics& statistics, const Run& run) {
+                  const MaybeTensor& weight2, const MaybeTensor& mask, double eps, double eps2, bool relu,
+                  bool needs_input_grad, bool needs_weight_grad, bool needs_bias_grad, bool needs_input2_grad,
+                  bool needs_weight2_grad, bool needs_bias2_grad, const Statistics& statistics, const Run& run) {
   check_same(input2, "input2", input);
   check_per_channel(weight2, "weight2", input);
   return dispatch(input.scalar_type(), [&]<typename T>() {
@@ -284,7 +285,8 @@ Six dual_backward(const Tensor& grad_output, const Tensor& input, const MaybeTen
     run(g);
     return Six(grad_input, g.weight_gradient(needs_weight_grad, g.sums.xmu, branch, weight),
                g.bias_gradient(needs_bias_grad, weight), grad_input2,
-               g.weight_gradient(needs_weight2_grad, g.sums.xmu2, branch2, weight2), g.bias_gradient(needs_bias2_grad, weight2));
+               g.weight_gradient(needs_weight2_grad, g.sums.xmu2, branch2, weight2),
+               g.bias_gradient(needs_bias2_grad, weight2));
   });
 }
 
@@ -293,15 +295,15 @@ Six dual_backward(const Tensor& grad_output, const Tensor& input, const MaybeTen
 Six dual_batch_norm_add_relu_train_backward(const Tensor& grad_output, const Tensor& input, const MaybeTensor& weight,
                                             const Tensor& mean, const Tensor& invstd, const Tensor& input2,
                                             const MaybeTensor& weight2, const Tensor& mean2, const Tensor& invstd2,
-                                            const MaybeTensor& mask, bool relu, bool needs_input_grad, bool needs_weight_grad,
-                                            bool needs_bias_grad, bool needs_input2_grad, bool needs_weight2_grad,
-                                            bool needs_bias2_grad) {
+                                            const MaybeTensor& mask, bool relu, bool needs_input_grad,
+                                            bool needs_weight_grad, bool needs_bias_grad, bool needs_input2_grad,
+                                            bool needs_weight2_grad, bool needs_bias2_grad) {
   check_backward(grad_output, input, weight, std::nullopt, mean, invstd);
   check_per_channel(mean2, "mean2", input);
   check_per_channel(invstd2, "invstd2", input);
   return dual_backward(
-      grad_output, input, weight, input2, weight2, mask, 0, 0, relu, needs_input_grad, needs_weight_grad, needs_bias_grad,
-      needs_input2_grad, needs_weight2_grad, needs_bias2_grad,
+      grad_output, input, weight, input2, weight2, mask, 0, 0, relu, needs_input_grad, needs_weight_grad,
+      needs_bias_grad, needs_input2_grad, needs_weight2_grad, needs_bias2_grad,
       [&](auto& branch, auto& branch2) {
         branch.take_invstd(mean, invstd);
         branch2.take_invstd(mean2, invstd2);
@@ -313,15 +315,16 @@ Six dual_batch_norm_add_relu_eval_backward(const Tensor& grad_output, const Tens
                                            const Tensor& running_mean, const Tensor& running_var, const Tensor& input2,
                                            const MaybeTensor& weight2, const Tensor& running_mean2,
                                            const Tensor& running_var2, const MaybeTensor& mask, double eps, double eps2,
-                                           bool relu, bool needs_input_grad, bool needs_weight_grad, bool needs_bias_grad,
-                                           bool needs_input2_grad, bool needs_weight2_grad, bool needs_bias2_grad) {
+                                           bool relu, bool needs_input_grad, bool needs_weight_grad,
+                                           bool needs_bias_grad, bool needs_input2_grad, bool needs_weight2_grad,
+                                           bool needs_bias2_grad) {
   check_backward(grad_output, input, weight, std::nullopt, running_mean, running_var);
   check_per_channel(running_mean2, "running_mean2", input);
   check_per_channel(running_var2, "running_var2", input);
   const bool sums = needs_weight_grad || needs_bias_grad || needs_weight2_grad || needs_bias2_grad;
   return dual_backward(
-      grad_output, input, weight, input2, weight2, mask, eps, eps2, relu, needs_input_grad, needs_weight_grad, needs_bias_grad,
-      needs_input2_grad, needs_weight2_grad, needs_bias2_grad,
+      grad_output, input, weight, input2, weight2, mask, eps, eps2, relu, needs_input_grad, needs_weight_grad,
+      needs_bias_grad, needs_input2_grad, needs_weight2_grad, needs_bias2_grad,
       [&](auto& branch, auto& branch2) {
         branch.take_var(running_mean, running_var);
         branch2.take_var(running_mean2, running_var2);
@@ -348,8 +351,9 @@ std::tuple<Tensor, Tensor> batch_norm_add_relu_backward_reduce(const Tensor& gra
 
 std::tuple<Tensor, Tensor> batch_norm_add_relu_backward_apply(const Tensor& grad_output, const Tensor& input,
                                                               const MaybeTensor& weight, const MaybeTensor& bias,
-                                                              const Tensor& mean, const Tensor& invstd, const MaybeTensor& mask,
-                                                              const Tensor& mean_grad, const Tensor& mean_grad_xmu, bool relu,
+                                                              const Tensor& mean, const Tensor& invstd,
+                                                              const MaybeTensor& mask, const Tensor& mean_grad,
+                                                              const Tensor& mean_grad_xmu, bool relu,
                                                               bool needs_input_grad, bool needs_residual_grad) {
   check_backward(grad_output, input, weight, bias, mean, invstd);
   check_per_channel(mean_grad, "mean_grad", input);

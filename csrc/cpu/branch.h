@@ -166,8 +166,8 @@ void all_statistics(Branch<T>& branch) {
         for (int64_t i = begin; i < end; ++i) {
           const int64_t c = i / pieces, p = i % pieces;
           double piece[2] = {};
-          kernels<T>().planes_statistics(branch.data + c * shape.positions, shape, planes.begin(p), planes.begin(p + 1), shift[c],
-                                         piece);
+          kernels<T>().planes_statistics(branch.data + c * shape.positions, shape, planes.begin(p), planes.begin(p + 1),
+                                         shift[c], piece);
           sum[p * padded + c] = piece[0];
           square[p * padded + c] = piece[1];
         }

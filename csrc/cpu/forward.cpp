@@ -23,7 +23,9 @@ struct Output {
         mask(new_mask(relu && save_mask && (residual || branch2), branch.shape)) {
     arguments.shape = branch.shape;
     arguments.input = branch.data;
-    arguments.residual = branch2 ? branch2->data : this->residual ? this->residual->template const_data_ptr<T>() : nullptr;
+    arguments.residual = branch2          ? branch2->data
+                         : this->residual ? this->residual->template const_data_ptr<T>()
+                                          : nullptr;
     arguments.output = output.mutable_data_ptr<T>();
     arguments.mask = mask.numel() ? mask.mutable_data_ptr<uint8_t>() : nullptr;
     arguments.affine = branch.affine();
@@ -68,8 +70,8 @@ void check_eval_dtypes(const MaybeTensor& weight, const MaybeTensor& bias, const
 
 // torch makes no statistics of one value.
 void check_count(const Tensor& input) {
-  STD_TORCH_CHECK(input.numel() != input.size(1), "Expected more than 1 value per channel when training, got input size ",
-                  shape_text(input));
+  STD_TORCH_CHECK(input.numel() != input.size(1),
+                  "Expected more than 1 value per channel when training, got input size ", shape_text(input));
 }
 
 // Statistics and normalization.
@@ -93,9 +95,11 @@ void run_training(const ForwardArguments<T>& arguments, Branch<T>& branch, Branc
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_add_relu_train(
-    const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& residual, double eps, bool relu,
-    bool save_mask) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_add_relu_train(const Tensor& input,
+                                                                             const MaybeTensor& weight,
+                                                                             const MaybeTensor& bias,
+                                                                             const MaybeTensor& residual, double eps,
+                                                                             bool relu, bool save_mask) {
   check_input(input);
   check_per_channel(weight, "weight", input);
   check_per_channel(bias, "bias", input);
@@ -111,7 +115,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_add_relu_train(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_add_relu_train_with_update(
     const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& residual,
-    const MaybeTensor& running_mean, const MaybeTensor& running_var, double momentum, double eps, bool relu, bool save_mask) {
+    const MaybeTensor& running_mean, const MaybeTensor& running_var, double momentum, double eps, bool relu,
+    bool save_mask) {
   check_input(input);
   check_per_channel(weight, "weight", input);
   check_per_channel(bias, "bias", input);
@@ -164,8 +169,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_batch_norm_add_r
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_batch_norm_add_relu_train(
-    const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias, const Tensor& input2, const MaybeTensor& weight2,
-    const MaybeTensor& bias2, double eps, double eps2, bool relu, bool save_mask) {
+    const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias, const Tensor& input2,
+    const MaybeTensor& weight2, const MaybeTensor& bias2, double eps, double eps2, bool relu, bool save_mask) {
   check_input(input);
   check_per_channel(weight, "weight", input);
   check_per_channel(bias, "bias", input);
@@ -180,14 +185,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_
     branch.add_bias_of(branch2);
     Output<T> out(branch, std::nullopt, &branch2, relu, save_mask);
     run_training<T>(out.arguments, branch, &branch2);
-    return std::tuple(out.output, branch.mean_tensor(), branch.var_tensor(), branch.invstd_tensor(), branch2.mean_tensor(),
-                      branch2.var_tensor(), branch2.invstd_tensor(), out.mask);
+    return std::tuple(out.output, branch.mean_tensor(), branch.var_tensor(), branch.invstd_tensor(),
+                      branch2.mean_tensor(), branch2.var_tensor(), branch2.invstd_tensor(), out.mask);
   });
 }
 
-std::tuple<Tensor, Tensor> batch_norm_add_relu_eval(const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias,
-                                                    const MaybeTensor& residual, const Tensor& running_mean,
-                                                    const Tensor& running_var, double eps, bool relu, bool save_mask) {
+std::tuple<Tensor, Tensor> batch_norm_add_relu_eval(const Tensor& input, const MaybeTensor& weight,
+                                                    const MaybeTensor& bias, const MaybeTensor& residual,
+                                                    const Tensor& running_mean, const Tensor& running_var, double eps,
+                                                    bool relu, bool save_mask) {
   check_input(input);
   check_per_channel(weight, "weight", input);
   check_per_channel(bias, "bias", input);
@@ -205,10 +211,12 @@ std::tuple<Tensor, Tensor> batch_norm_add_relu_eval(const Tensor& input, const M
   });
 }
 
-std::tuple<Tensor, Tensor> dual_batch_norm_add_relu_eval(
-    const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias, const Tensor& running_mean,
-    const Tensor& running_var, const Tensor& input2, const MaybeTensor& weight2, const MaybeTensor& bias2,
-    const Tensor& running_mean2, const Tensor& running_var2, double eps, double eps2, bool relu, bool save_mask) {
+std::tuple<Tensor, Tensor> dual_batch_norm_add_relu_eval(const Tensor& input, const MaybeTensor& weight,
+                                                         const MaybeTensor& bias, const Tensor& running_mean,
+                                                         const Tensor& running_var, const Tensor& input2,
+                                                         const MaybeTensor& weight2, const MaybeTensor& bias2,
+                                                         const Tensor& running_mean2, const Tensor& running_var2,
+                                                         double eps, double eps2, bool relu, bool save_mask) {
   check_input(input);
   check_per_channel(weight, "weight", input);
   check_per_channel(bias, "bias", input);
@@ -235,9 +243,10 @@ std::tuple<Tensor, Tensor> dual_batch_norm_add_relu_eval(
   });
 }
 
-std::tuple<Tensor, Tensor> batch_norm_add_relu_apply(const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias,
-                                                     const MaybeTensor& residual, const Tensor& mean, const Tensor& invstd,
-                                                     bool relu, bool save_mask) {
+std::tuple<Tensor, Tensor> batch_norm_add_relu_apply(const Tensor& input, const MaybeTensor& weight,
+                                                     const MaybeTensor& bias, const MaybeTensor& residual,
+                                                     const Tensor& mean, const Tensor& invstd, bool relu,
+                                                     bool save_mask) {
   check_input(input);
   check_per_channel(weight, "weight", input);
   check_per_channel(bias, "bias", input);

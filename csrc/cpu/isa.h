@@ -105,7 +105,8 @@ INLINE Floats register_from_half(const Half* from) {
 }
 
 INLINE void register_to_half(Half* to, Floats v) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                      _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
 #elif RESNET_FUSED_REGISTER_BITS == 256
@@ -149,7 +150,8 @@ INLINE void stream_fence() {}
 template <typename C>
 INLINE uint32_t register_bits(typename Registers<C>::Integer keep) {
   uint32_t bits = 0;
-  for (int i = 0; i < kRegisterBytes / static_cast<int>(sizeof(C)); ++i) bits |= static_cast<uint32_t>(keep[i] & 1) << i;
+  for (int i = 0; i < kRegisterBytes / static_cast<int>(sizeof(C)); ++i)
+    bits |= static_cast<uint32_t>(keep[i] & 1) << i;
   return bits;
 }
 

@@ -80,7 +80,8 @@ struct Kernels {
 
   // Adds the sums of (x - shift) and of its square to sums[0] and sums[1].
   void (*planes_statistics)(const T* channel, const Shape& shape, int64_t begin, int64_t end, C shift, double* sums);
-  void (*rows_statistics)(const T* rows, const Shape& shape, int64_t count, const C* shift, double* sum, double* square);
+  void (*rows_statistics)(const T* rows, const Shape& shape, int64_t count, const C* shift, double* sum,
+                          double* square);
 
   void (*planes_forward)(const ForwardArguments<T>&, int64_t channel, int64_t begin, int64_t end);
   void (*rows_forward)(const ForwardArguments<T>&, int64_t begin, int64_t end);

@@ -15,7 +15,9 @@ namespace RESNET_FUSED_ISA {
 template <typename C>
 struct Uniform {
   Pack<C> value;
-  INLINE Uniform at(const C* vector, int64_t channel) { return {vector ? broadcast(vector[channel]) : broadcast(C(0))}; }
+  INLINE Uniform at(const C* vector, int64_t channel) {
+    return {vector ? broadcast(vector[channel]) : broadcast(C(0))};
+  }
   [[gnu::always_inline]] Pack<C> operator[](int64_t) const { return value; }
 };
 
@@ -139,7 +141,8 @@ struct Moments {
 };
 
 template <typename T>
-void planes_statistics(const T* channel, const Shape& shape, int64_t begin, int64_t end, Compute<T> shift, double* sums) {
+void planes_statistics(const T* channel, const Shape& shape, int64_t begin, int64_t end, Compute<T> shift,
+                       double* sums) {
   using C = Compute<T>;
   constexpr int kLanes = Pack<C>::kLanes;
   const Pack<C> narrow = broadcast(shift);
@@ -191,7 +194,8 @@ INLINE void rows_statistics_group(const T* x, int64_t channels, const Compute<T>
 }
 
 template <typename T>
-void rows_statistics(const T* rows, const Shape& shape, int64_t count, const Compute<T>* shift, double* sum, double* square) {
+void rows_statistics(const T* rows, const Shape& shape, int64_t count, const Compute<T>* shift, double* sum,
+                     double* square) {
   const int64_t channels = shape.channels;
   int64_t r = 0;
   for (; r + kGroup <= count; r += kGroup) {
@@ -209,7 +213,8 @@ INLINE Pack<C> apply(Pack<C> x, Pack<C> mean, Pack<C> scale, Pack<C> bias) {
 
 // Rounds, applies the ReLU and stores; the bits are those of the rounded value.
 template <typename T, bool Mask>
-INLINE void finish(Pack<Compute<T>> v, bool relu, bool stream_output, T* output, uint8_t* mask, int64_t i, int first, int n) {
+INLINE void finish(Pack<Compute<T>> v, bool relu, bool stream_output, T* output, uint8_t* mask, int64_t i, int first,
+                   int n) {
   using C = Compute<T>;
   constexpr int kLanes = Pack<C>::kLanes;
   if (relu) {
@@ -241,8 +246,8 @@ struct ForwardConstants {
 };
 
 template <typename T, template <typename> class Constant, Second S, bool Mask>
-INLINE void forward_run(const ForwardArguments<T>& a, const ForwardConstants<Compute<T>, Constant>& k, int64_t at, uint8_t* mask,
-                        int64_t length) {
+INLINE void forward_run(const ForwardArguments<T>& a, const ForwardConstants<Compute<T>, Constant>& k, int64_t at,
+                        uint8_t* mask, int64_t length) {
   using C = Compute<T>;
   constexpr int kLanes = Pack<C>::kLanes;
   const T* input = a.input + at;
@@ -394,7 +399,8 @@ INLINE void rows_reduce_group(const BackwardArguments<T>& a, int64_t row, double
     const ReduceConstants<C, Two> constants = {mean, K == KeepFrom::kInput ? load(a.affine.scale + i) : mean,
                                                K == KeepFrom::kInput ? load(a.affine.bias + i) : mean, widen(mean),
                                                widen(Two ? load(a.mean2 + i) : mean)};
-    GradientSums<C, Two> group = {load_sums<C>(sum + i), load_sums<C>(xmu + i), Two ? load_sums<C>(xmu2 + i) : zero_sums<C>()};
+    GradientSums<C, Two> group = {load_sums<C>(sum + i), load_sums<C>(xmu + i),
+                                  Two ? load_sums<C>(xmu2 + i) : zero_sums<C>()};
     for (int r = 0; r < kRows; ++r) {
       const int64_t at = r * channels + i;
       __builtin_prefetch(g + ahead + at);
@@ -498,18 +504,18 @@ void rows_backward_as(const BackwardArguments<T> a, int64_t begin, int64_t end) 
 }
 
 // Two branches always have a mask where they have a ReLU.
-#define RESNET_FUSED_BY_KEEP(function, a, ...)                                                                       \
-  if ((a).input2 != nullptr) {                                                                                       \
-    if ((a).keep == KeepFrom::kMask) return function<T, KeepFrom::kMask, true>(a, __VA_ARGS__);                      \
-    return function<T, KeepFrom::kAll, true>(a, __VA_ARGS__);                                                        \
-  }                                                                                                                  \
-  switch ((a).keep) {                                                                                                \
-    case KeepFrom::kMask:                                                                                            \
-      return function<T, KeepFrom::kMask, false>(a, __VA_ARGS__);                                                    \
-    case KeepFrom::kInput:                                                                                           \
-      return function<T, KeepFrom::kInput, false>(a, __VA_ARGS__);                                                   \
-    case KeepFrom::kAll:                                                                                             \
-      return function<T, KeepFrom::kAll, false>(a, __VA_ARGS__);                                                     \
+#define RESNET_FUSED_BY_KEEP(function, a, ...)                                                                         \
+  if ((a).input2 != nullptr) {                                                                                         \
+    if ((a).keep == KeepFrom::kMask) return function<T, KeepFrom::kMask, true>(a, __VA_ARGS__);                        \
+    return function<T, KeepFrom::kAll, true>(a, __VA_ARGS__);                                                          \
+  }                                                                                                                    \
+  switch ((a).keep) {                                                                                                  \
+    case KeepFrom::kMask:                                                                                              \
+      return function<T, KeepFrom::kMask, false>(a, __VA_ARGS__);                                                      \
+    case KeepFrom::kInput:                                                                                             \
+      return function<T, KeepFrom::kInput, false>(a, __VA_ARGS__);                                                     \
+    case KeepFrom::kAll:                                                                                               \
+      return function<T, KeepFrom::kAll, false>(a, __VA_ARGS__);                                                       \
   }
 
 template <typename T>
@@ -563,9 +569,8 @@ void add_relu_backward(const T* grad_output, const uint8_t* mask, T* grad_input,
 }
 
 template <typename T>
-constexpr Kernels<T> kTable = {planes_statistics<T>, rows_statistics<T>, planes_forward<T>,
-                               rows_forward<T>,      planes_reduce<T>,   rows_reduce<T>,
-                               planes_backward<T>,   rows_backward<T>,   add_relu<T>,
-                               add_relu_backward<T>};
+constexpr Kernels<T> kTable = {planes_statistics<T>, rows_statistics<T>,  planes_forward<T>,  rows_forward<T>,
+                               planes_reduce<T>,     rows_reduce<T>,      planes_backward<T>, rows_backward<T>,
+                               add_relu<T>,          add_relu_backward<T>};
 
 }  // namespace RESNET_FUSED_ISA

@@ -45,24 +45,24 @@ void update_running(const MaybeTensor& running_mean, const MaybeTensor& running_
   update(running_var, var, channels, momentum, static_cast<double>(count) / static_cast<double>(count - 1));
 }
 
-template void update_running(const MaybeTensor&, const MaybeTensor&, const Vector<float>&, const Vector<float>&, int64_t,
-                             double, int64_t);
-template void update_running(const MaybeTensor&, const MaybeTensor&, const Vector<double>&, const Vector<double>&, int64_t,
-                             double, int64_t);
+template void update_running(const MaybeTensor&, const MaybeTensor&, const Vector<float>&, const Vector<float>&,
+                             int64_t, double, int64_t);
+template void update_running(const MaybeTensor&, const MaybeTensor&, const Vector<double>&, const Vector<double>&,
+                             int64_t, double, int64_t);
 
 namespace {
 
-void update_running_stats(const MaybeTensor& running_mean, const MaybeTensor& running_var, const Tensor& mean, const Tensor& var,
-                          double momentum, int64_t count) {
-  STD_TORCH_CHECK(mean.dim() == 1 && var.dim() == 1 && mean.size(0) == var.size(0), "mean and var must be (C,) vectors, got ",
-                  shape_text(mean), " and ", shape_text(var));
+void update_running_stats(const MaybeTensor& running_mean, const MaybeTensor& running_var, const Tensor& mean,
+                          const Tensor& var, double momentum, int64_t count) {
+  STD_TORCH_CHECK(mean.dim() == 1 && var.dim() == 1 && mean.size(0) == var.size(0),
+                  "mean and var must be (C,) vectors, got ", shape_text(mean), " and ", shape_text(var));
   check_dtype(mean, "mean");
   check_dtype(var, "var");
   const int64_t channels = mean.size(0);
   check_running(running_mean, "running_mean", channels);
   check_running(running_var, "running_var", channels);
-  update_running(running_mean, running_var, values<double>(mean, channels, 0), values<double>(var, channels, 0), channels,
-                 momentum, count);
+  update_running(running_mean, running_var, values<double>(mean, channels, 0), values<double>(var, channels, 0),
+                 channels, momentum, count);
 }
 
 }  // namespace

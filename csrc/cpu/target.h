@@ -3,7 +3,7 @@
 
 #define RESNET_FUSED_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
-#define RESNET_FUSED_TARGET_BEGIN(features) \
+#define RESNET_FUSED_TARGET_BEGIN(features)                                                                            \
   RESNET_FUSED_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
 #define RESNET_FUSED_TARGET_END _Pragma("clang attribute pop")
 #else

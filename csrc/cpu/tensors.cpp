@@ -72,7 +72,8 @@ bool should_stream(const Shape& shape, std::initializer_list<const void*> output
   constexpr int64_t kLine = 64;
   constexpr int64_t kBeyondCaches = int64_t{16} << 20;
   const int64_t run = shape.inner() * static_cast<int64_t>(sizeof(T));
-  if (sizeof(T) != sizeof(Compute<T>) || run % kLine != 0 || shape.numel() * static_cast<int64_t>(sizeof(T)) < kBeyondCaches) {
+  if (sizeof(T) != sizeof(Compute<T>) || run % kLine != 0 ||
+      shape.numel() * static_cast<int64_t>(sizeof(T)) < kBeyondCaches) {
     return false;
   }
   for (const void* output : outputs) {

@@ -256,7 +256,8 @@ INLINE Sums<C> zero_sums() {
 template <typename C>
 INLINE Sums<C> load_sums(const double* from) {
   Sums<C> r;
-  for (int p = 0; p < Sums<C>::kRegisters; ++p) r.part[p] = reinterpret_cast<const Registers<double>::Unaligned*>(from)[p];
+  for (int p = 0; p < Sums<C>::kRegisters; ++p)
+    r.part[p] = reinterpret_cast<const Registers<double>::Unaligned*>(from)[p];
   return r;
 }
 

@@ -1,7 +1,7 @@
 """``torch.ops.resnet_fused``: loads the compiled libraries and completes the operators with what Python gives them.
 
-Schemas come from ``_ops``, CPU kernels from ``_cpu`` (shared objects of ``csrc/``); fake kernels, autograd, autocast and the
-reference, which serves every device that has no kernel of its own, from the modules here.
+Schemas come from ``_ops``, CPU kernels from ``_cpu`` (shared objects of ``csrc/``); fake kernels, autograd, autocast
+and the reference, which serves every device that has no kernel of its own, from the modules here.
 """
 
 import torch

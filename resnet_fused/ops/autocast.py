@@ -1,4 +1,4 @@
-"""Autocast: batch normalization runs in the dtype it is given, and a residual of another dtype is added in the wider one.
+"""Autocast: batch normalization runs in its input's dtype, and a residual of another dtype is added in the wider one.
 
 That is what torch does with the operations apart: ``batch_norm`` stands on no autocast list and ``add`` promotes.
 """
@@ -34,6 +34,7 @@ def _kernel(name: str, positions: tuple[int, int], key: torch._C.DispatchKey):
 
 
 def register(library: torch.library.Library) -> None:
+    """Hands the kernels to torch.library."""
     for name, positions in PROMOTED.items():
         for key in ("AutocastCPU", "AutocastCUDA"):
             library.impl(name, _kernel(name, positions, getattr(torch._C.DispatchKey, key)), key)

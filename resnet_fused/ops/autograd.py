@@ -1,11 +1,12 @@
 """The gradient of every operator, written once and used twice.
 
-``torch.library.register_autograd`` gets the formulas, so that the operators differentiate on their own and under torch.compile. Eager
-calls go through an ``autograd.Function`` with the same formulas: that costs a third less
-time on the host than a registered formula, which is what counts for small tensors.
+``torch.library.register_autograd`` gets the formulas, so that the operators differentiate on their own and under
+torch.compile. Eager calls go through an ``autograd.Function`` with the same formulas: that costs a third less time on
+the host than a registered formula, which is what counts for small tensors.
 
-A formula runs the fused backward operator. Where a graph of the gradient is asked for (double backward), it runs the reference
-instead, whose torch operations autograd follows; the statistics are then made again from the input, for they depend on it.
+A formula runs the fused backward operator. Where a graph of the gradient is asked for (double backward), it runs the
+reference instead, whose torch operations autograd follows; the statistics are then made again from the input, for
+they depend on it.
 """
 
 from collections.abc import Callable
@@ -37,7 +38,9 @@ def below_autograd():
 
 
 def _restored(saved: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """A saved tensor in the layout its mask was written for: saved-tensor hooks such as ``save_on_cpu`` may change it."""
+    """A saved tensor in the layout its mask was written for: saved-tensor hooks such as ``save_on_cpu`` may change
+    it.
+    """
     if saved.stride() == strides:
         return saved
     then = torch.empty_strided(saved.shape, strides, dtype=saved.dtype, device="meta")
@@ -86,8 +89,8 @@ class _Formula:
     def function_with_update(self, run: Callable) -> type[torch.autograd.Function]:
         """The same through the operator that updates running statistics too.
 
-        Its arguments are those of the functional operator that may have a gradient, and one tuple of the others, for each
-        argument costs the host time; ``run`` gives the functional operator's arguments and results.
+        Its arguments are those of the functional operator that may have a gradient, and one tuple of the others, for
+        each argument costs the host time; ``run`` gives the functional operator's arguments and results.
         """
 
         def forward(ctx, *inputs):
@@ -135,7 +138,7 @@ def _residual_gradient(relu: bool, needed: bool, grad_output: Tensor, grad_resid
     return grad_residual if relu else grad_output
 
 
-# relu(batch_norm(input) + residual), batch statistics --------------------------------------------------------------------
+# relu(batch_norm(input) + residual), batch statistics -------------------------------------------------------------
 
 
 def _save_train(ctx, inputs, output):
@@ -174,7 +177,7 @@ def _backward_train(ctx, grad_output):
     )
 
 
-# the same, running statistics ------------------------------------------------------------------------------------------
+# the same, running statistics -------------------------------------------------------------------------------------
 
 
 def _save_eval(ctx, inputs, output):
@@ -212,7 +215,7 @@ def _backward_eval(ctx, grad_output):
     )
 
 
-# the same, statistics given (SyncBatchNorm's apply) ----------------------------------------------------------------------
+# the same, statistics given (SyncBatchNorm's apply) ---------------------------------------------------------------
 
 
 def _save_apply(ctx, inputs, output):
@@ -223,7 +226,9 @@ def _save_apply(ctx, inputs, output):
 
 
 def _backward_apply(ctx, grad_output):
-    """Statistics are inputs of their own here: SyncBatchNorm, which made them from its input, has a backward of its own."""
+    """Statistics are inputs of their own here: SyncBatchNorm, which made them from its input, has a backward of its
+    own.
+    """
     input, weight, bias, mean, invstd, mask = ctx.saved_tensors
     needs_input, needs_weight, needs_bias, needs_residual, needs_mean, needs_invstd = ctx.needs_input_grad[:6]
     input = _restored(input, ctx.strides)
@@ -251,7 +256,7 @@ def _backward_apply(ctx, grad_output):
         )
 
 
-# relu(batch_norm(input) + batch_norm(input2)) ------------------------------------------------------------------------------
+# relu(batch_norm(input) + batch_norm(input2)) ---------------------------------------------------------------------
 
 
 def _save_dual_train(ctx, inputs, output):
@@ -317,7 +322,7 @@ def _backward_dual_eval(ctx, grad_output):
     return *gradients[:3], None, None, *gradients[3:]
 
 
-# relu(input + residual) ------------------------------------------------------------------------------------------------
+# relu(input + residual) -------------------------------------------------------------------------------------------
 
 
 def _save_add_relu(ctx, inputs, output):
@@ -387,8 +392,8 @@ def _dual_train_with_update(input, weight, bias, input2, weight2, bias2, setting
     return inputs, (output, mean, None, invstd, mean2, None, invstd2, mask)
 
 
-# Training in eager: the tensors that may have a gradient, then (*settings of the functional operator, then running mean,
-# running variance and momentum of each branch).
+# Training in eager: the tensors that may have a gradient, then (*settings of the functional operator, then running
+# mean, running variance and momentum of each branch).
 WITH_UPDATE = {
     "batch_norm_add_relu_train": _train_with_update,
     "dual_batch_norm_add_relu_train": _dual_train_with_update,
@@ -416,7 +421,8 @@ def _backward_through(name: str):
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
         with torch.enable_grad():
             for i in wanted:
-                # A view keeps the connection to the graph for yet higher orders; a leaf is all that a first order needs.
+                # A view keeps the connection to the graph for yet higher orders; a leaf is all that a first order
+                # needs.
                 inputs[i] = inputs[i].view_as(inputs[i]) if create_graph else inputs[i].detach().requires_grad_()
             outputs = getattr(reference, name)(*inputs)
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)

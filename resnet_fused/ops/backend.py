@@ -24,14 +24,15 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-_choice: contextvars.ContextVar[str] = contextvars.ContextVar(
-    "resnet_fused_backend", default=_checked(os.environ.get("RESNET_FUSED_BACKEND") or "auto", "RESNET_FUSED_BACKEND")
-)
+_FROM_ENVIRONMENT = _checked(os.environ.get("RESNET_FUSED_BACKEND") or "auto", "RESNET_FUSED_BACKEND")
+_choice: contextvars.ContextVar[str] = contextvars.ContextVar("resnet_fused_backend", default=_FROM_ENVIRONMENT)
 
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Chooses the backend of the calls inside: ``"auto"``, ``"compiled"`` or ``"reference"`` (the unfused torch operations).
+    """Chooses the backend of the calls inside: ``"auto"``, ``"compiled"``, or ``"reference"`` for plain torch operations.
+
+    What torch.compile compiles keeps the choice of the moment it was traced.
 
     Raises:
         ValueError: ``name`` is no backend.

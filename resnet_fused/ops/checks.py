@@ -14,6 +14,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def input_tensor(input: Tensor, name: str = "input") -> None:
+    """``input`` is (N, C, *) of a dtype that the operators know."""
     torch._check(
         input.dtype in DTYPES,
         lambda: f"{name} must be float64, float32, bfloat16 or float16, got {_name(input.dtype)}",
@@ -40,6 +41,7 @@ def same_shape(other: Tensor | None, name: str, input: Tensor) -> None:
 
 
 def same_device(other: Tensor, name: str, input: Tensor) -> None:
+    """``other`` is where ``input`` is."""
     torch._check(
         other.device == input.device,
         lambda: f"{name} must be on the device of input, got {other.device} and {input.device}",
@@ -74,6 +76,7 @@ def statistics(vector: Tensor, name: str, input: Tensor) -> None:
 
 
 def mask(mask: Tensor | None, shape: tuple[int, int]) -> None:
+    """``mask`` is packed bits of that shape, or none."""
     if mask is None:
         return
     torch._check(
@@ -83,6 +86,7 @@ def mask(mask: Tensor | None, shape: tuple[int, int]) -> None:
 
 
 def batch_norm(input, weight=None, bias=None, residual=None) -> None:
+    """Everything that the operators ask of one normalized branch."""
     input_tensor(input)
     per_channel(weight, "weight", input)
     per_channel(bias, "bias", input)
@@ -100,7 +104,7 @@ def promotes(other: Tensor, name: str, input: Tensor, relu: bool) -> None:
 
 
 def unfused_batch_norm(input, running_mean, running_var, weight, bias, suffix: str = "") -> None:
-    """Refuses, by name, what ``torch.nn.functional.batch_norm`` refuses namelessly or after it wrote running statistics.
+    """Refuses, by name, what ``F.batch_norm`` refuses namelessly or after it wrote running statistics.
 
     What passes here torch may still refuse, before it writes.
     """

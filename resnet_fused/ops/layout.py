@@ -1,8 +1,8 @@
 """How a tensor lies in memory, as far as the operators care, and the bit mask that follows it.
 
-Every tensor of shape (N, C, *) is seen as rows: a pixel of C channels where the channels are innermost (channels_last, or a
-single position), a plane of H·W positions otherwise. The mask packs each row on its own, so that no byte is shared
-by two rows and a mask written by one backend is read by another.
+Every tensor of shape (N, C, *) is seen as rows: a pixel of C channels where the channels are innermost
+(channels_last, or a single position), a plane of H·W positions otherwise. The mask packs each row on its own, so that
+no byte is shared by two rows and a mask written by one backend is read by another.
 """
 
 import torch

@@ -15,6 +15,11 @@ def path(name: str) -> pathlib.Path:
 
 
 def load() -> None:
+    """Loads the shared objects.
+
+    Raises:
+        ImportError: the package is not built.
+    """
     for name in ("_ops", "_cpu"):
         if not path(name).is_file():
             raise ImportError(
@@ -28,7 +33,8 @@ def load() -> None:
 def cpu_capability() -> str:
     """The instruction set of the CPU kernels in use: ``"avx512"``, ``"avx2"`` or ``"default"``.
 
-    It is the best that the machine has; ``RESNET_FUSED_CPU_CAPABILITY``, read as the package is imported, asks for a lower one.
+    It is the best that the machine has; ``RESNET_FUSED_CPU_CAPABILITY``, read as the package is imported, asks for a
+    lower one.
     """
     function = ctypes.CDLL(str(path("_cpu"))).resnet_fused_cpu_capability
     function.restype = ctypes.c_char_p

@@ -1,7 +1,7 @@
 """The operators in plain torch operations: the maths that every backend repeats.
 
-It serves devices without kernels of their own, and is differentiable any number of times, so the autograd formulas turn to
-it when a graph of the gradient is asked for. Signatures and results are those of ``csrc/ops.cpp``.
+It serves devices without kernels of their own, and is differentiable any number of times, so the autograd formulas
+turn to it when a graph of the gradient is asked for. Signatures and results are those of ``csrc/ops.cpp``.
 
 The formulas are those of Ioffe and Szegedy, Batch Normalization (2015), section 3, and their gradient.
 """
