@@ -30,7 +30,7 @@ _choice: contextvars.ContextVar[str] = contextvars.ContextVar("resnet_fused_back
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Chooses the backend of the calls inside: ``"auto"``, ``"compiled"``, or ``"reference"`` for plain torch operations.
+    """Chooses the backend of the calls inside: ``"auto"``, ``"compiled"`` or ``"reference"``, plain torch operations.
 
     What torch.compile compiles keeps the choice of the moment it was traced.
 
