@@ -74,6 +74,14 @@ struct Gradients {
     sums.grad[c] = total[0];
     sums.xmu[c] = total[1];
     sums.xmu2[c] = total[2];
+    centre(c);
+  }
+
+  // From the origin of the kernels' sums to the mean.
+  void centre(int64_t c) {
+    if (kOriginIsMean<T>) return;
+    sums.xmu[c] -= static_cast<double>(branch.mean[c]) * sums.grad[c];
+    if (branch2) sums.xmu2[c] -= static_cast<double>(branch2->mean[c]) * sums.grad[c];
   }
 
   void reduce() {
@@ -95,6 +103,7 @@ struct Gradients {
         sums.xmu[c] += parts[3 * i + 1];
         sums.xmu2[c] += parts[3 * i + 2];
       }
+      for (int64_t c = 0; c < channels; ++c) centre(c);
       return;
     }
     const RowPieces pieces(shape);
@@ -114,6 +123,7 @@ struct Gradients {
         sums.xmu2[c] += part[2 * padded + c];
       }
     }
+    for (int64_t c = 0; c < channels; ++c) centre(c);
   }
 
   // The constants of the apply pass from the sums.

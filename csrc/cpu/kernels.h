@@ -47,6 +47,11 @@ struct ForwardArguments {
   bool stream;  // the output is too large for the caches and on line boundaries
 };
 
+// Where the sum of grad (input - mean) is taken from the mean at once. For float values double has room for the sum of grad input,
+// and mean times the sum of grad comes off it at the end; double itself has none to spare.
+template <typename T>
+constexpr bool kOriginIsMean = std::is_same_v<T, double>;
+
 enum class KeepFrom { kAll, kMask, kInput };
 
 // The gradient behind the ReLU is grad_output where `keep` says so; per channel
@@ -86,7 +91,7 @@ struct Kernels {
   void (*planes_forward)(const ForwardArguments<T>&, int64_t channel, int64_t begin, int64_t end);
   void (*rows_forward)(const ForwardArguments<T>&, int64_t begin, int64_t end);
 
-  // Adds the sums of grad, grad (input - mean) and grad (input2 - mean2).
+  // Adds the sums of grad, grad (input - origin) and grad (input2 - origin2); see kOriginIsMean.
   void (*planes_reduce)(const BackwardArguments<T>&, int64_t channel, int64_t begin, int64_t end, double* sums);
   void (*rows_reduce)(const BackwardArguments<T>&, int64_t begin, int64_t end, double* grad, double* xmu, double* xmu2);
 

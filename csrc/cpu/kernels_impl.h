@@ -323,23 +323,21 @@ INLINE Pack<Compute<T>> behind_relu(Pack<Compute<T>> grad, const uint8_t* mask, 
   }
 }
 
-// Sums of grad, grad (input - mean) and grad (input2 - mean2).
+// Sums of grad, grad (input - origin) and grad (input2 - origin2).
 template <typename C, bool Two>
 struct GradientSums {
-  Sums<C> grad, xmu, xmu2;
+  Sums<C> grad, product, product2;
 };
 
 // What a channel's gradient is reduced with.
-template <typename C, bool Two>
+template <typename C>
 struct ReduceConstants {
-  using Wide = decltype(widen(Pack<C>{}));
-  Pack<C> mean, scale, bias;
-  Wide wide_mean, wide_mean2;
+  Pack<C> mean, scale, bias, mean2;
 };
 
 template <typename T, KeepFrom K, bool Two>
 INLINE void reduce_pack(const T* g, const T* x, const T* x2, const uint8_t* mask, int64_t i, int first, int n,
-                        const ReduceConstants<Compute<T>, Two>& k, GradientSums<Compute<T>, Two>& sums) {
+                        const ReduceConstants<Compute<T>>& k, GradientSums<Compute<T>, Two>& sums) {
   using C = Compute<T>;
   Pack<C> value = load_n(x, n);
   Pack<C> value2 = Two ? load_n(x2, n) : value;
@@ -353,10 +351,14 @@ INLINE void reduce_pack(const T* g, const T* x, const T* x2, const uint8_t* mask
     value = select(keep, value);
     if constexpr (Two) value2 = select(keep, value2);
   }
+  if constexpr (kOriginIsMean<T>) {
+    value = value - k.mean;
+    if constexpr (Two) value2 = value2 - k.mean2;
+  }
   const auto wide = widen(grad);
   add_to(sums.grad, wide);
-  add_product_to(sums.xmu, wide, widen(value) - k.wide_mean);
-  if constexpr (Two) add_product_to(sums.xmu2, wide, widen(value2) - k.wide_mean2);
+  add_product_to(sums.product, wide, widen(value));
+  if constexpr (Two) add_product_to(sums.product2, wide, widen(value2));
 }
 
 template <typename T, KeepFrom K, bool Two>
@@ -364,9 +366,9 @@ void planes_reduce_as(const BackwardArguments<T> a, int64_t channel, int64_t beg
   using C = Compute<T>;
   constexpr int kLanes = Pack<C>::kLanes;
   const Pack<C> mean = Uniform<C>::at(a.affine.mean, channel).value;
-  const ReduceConstants<C, Two> constants = {mean, Uniform<C>::at(a.affine.scale, channel).value,
-                                             Uniform<C>::at(a.affine.bias, channel).value, widen(mean),
-                                             widen(Uniform<C>::at(a.mean2, channel).value)};
+  const ReduceConstants<C> constants = {mean, Uniform<C>::at(a.affine.scale, channel).value,
+                                        Uniform<C>::at(a.affine.bias, channel).value,
+                                        Uniform<C>::at(a.mean2, channel).value};
   GradientSums<C, Two> group = {zero_sums<C>(), zero_sums<C>(), zero_sums<C>()};
   for_planes<false>(a.shape, begin, end, [&](int64_t n, int64_t from, int64_t length) __attribute__((always_inline)) {
     const int64_t plane = n * a.shape.channels + channel;
@@ -380,8 +382,8 @@ void planes_reduce_as(const BackwardArguments<T> a, int64_t channel, int64_t beg
     });
   });
   sums[0] += total(group.grad);
-  sums[1] += total(group.xmu);
-  if (Two) sums[2] += total(group.xmu2);
+  sums[1] += total(group.product);
+  if (Two) sums[2] += total(group.product2);
 }
 
 template <typename T, KeepFrom K, bool Two, int kRows>
@@ -396,9 +398,9 @@ INLINE void rows_reduce_group(const BackwardArguments<T>& a, int64_t row, double
   const int64_t ahead = fetch_ahead<T>(channels);
   for_packs<kLanes>(channels, [&](int64_t i, int first, int n) __attribute__((always_inline)) {
     const Pack<C> mean = load(a.affine.mean + i);
-    const ReduceConstants<C, Two> constants = {mean, K == KeepFrom::kInput ? load(a.affine.scale + i) : mean,
-                                               K == KeepFrom::kInput ? load(a.affine.bias + i) : mean, widen(mean),
-                                               widen(Two ? load(a.mean2 + i) : mean)};
+    const ReduceConstants<C> constants = {mean, K == KeepFrom::kInput ? load(a.affine.scale + i) : mean,
+                                          K == KeepFrom::kInput ? load(a.affine.bias + i) : mean,
+                                          Two ? load(a.mean2 + i) : mean};
     GradientSums<C, Two> group = {load_sums<C>(sum + i), load_sums<C>(xmu + i),
                                   Two ? load_sums<C>(xmu2 + i) : zero_sums<C>()};
     for (int r = 0; r < kRows; ++r) {
@@ -409,8 +411,8 @@ INLINE void rows_reduce_group(const BackwardArguments<T>& a, int64_t row, double
       reduce_pack<T, K, Two>(g + at, x + at, x2 + at, mask + r * mask_bytes, i, first, n, constants, group);
     }
     store_sums<C>(sum + i, group.grad);
-    store_sums<C>(xmu + i, group.xmu);
-    if constexpr (Two) store_sums<C>(xmu2 + i, group.xmu2);
+    store_sums<C>(xmu + i, group.product);
+    if constexpr (Two) store_sums<C>(xmu2 + i, group.product2);
   });
 }
 

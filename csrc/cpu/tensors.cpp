@@ -70,7 +70,7 @@ Tensor vector_tensor(const double* from, int64_t channels, ScalarType dtype) {
 template <typename T>
 bool should_stream(const Shape& shape, std::initializer_list<const void*> outputs) {
   constexpr int64_t kLine = 64;
-  constexpr int64_t kBeyondCaches = int64_t{16} << 20;
+  constexpr int64_t kBeyondCaches = int64_t{8} << 20;
   const int64_t run = shape.inner() * static_cast<int64_t>(sizeof(T));
   if (sizeof(T) != sizeof(Compute<T>) || run % kLine != 0 ||
       shape.numel() * static_cast<int64_t>(sizeof(T)) < kBeyondCaches) {

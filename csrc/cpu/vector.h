@@ -205,8 +205,17 @@ INLINE void store_part(T* to, Pack<C> v, int n) {
   for (int i = 0; i < n; ++i) to[i] = padded[i];
 }
 
+// A sum through the multipliers: they have nothing to do where the adders also convert.
+INLINE Registers<double>::Value plus(Registers<double>::Value sum, Registers<double>::Value v) {
+#if RESNET_FUSED_REGISTER_BITS >= 256
+  return register_multiply_add(v, Registers<double>::Value{} + 1.0, sum);
+#else
+  return sum + v;
+#endif
+}
+
 INLINE void add_to(Sums<double>& sums, Pack<double> v) {
-  for (int p = 0; p < Sums<double>::kRegisters; ++p) sums.part[p] += v.part[p];
+  for (int p = 0; p < Sums<double>::kRegisters; ++p) sums.part[p] = plus(sums.part[p], v.part[p]);
 }
 
 INLINE void add_product_to(Sums<double>& sums, Pack<double> a, Pack<double> b) {
@@ -243,7 +252,7 @@ INLINE void add_product_to(Sums<float>& sums, Widened a, Widened b) {
 }
 
 INLINE void add_to(Sums<float>& sums, Widened v) {
-  for (int p = 0; p < Sums<float>::kRegisters; ++p) sums.part[p] += v.part[p];
+  for (int p = 0; p < Sums<float>::kRegisters; ++p) sums.part[p] = plus(sums.part[p], v.part[p]);
 }
 
 template <typename C>
