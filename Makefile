@@ -50,7 +50,7 @@ lint: $(DEPENDENCIES)
 	$(BIN)/python tools/check_includes.py
 
 pytest: $(BUILT)
-	$(BIN)/python -m pytest tests $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests $(ARGS)
 
 bench: $(BUILT)
 	$(BIN)/python -m pytest benchmarks $(ARGS)

@@ -175,11 +175,11 @@ def _call_training(name: str, save: bool, tensors: tuple, settings: tuple, runni
             mean, var, momentum = running[i : i + 3]
             _OPS.update_running_stats.default(mean, var, *statistics[i : i + 2], momentum, count)
         return output
-    if in_recomputation():
+    if torch._C._current_graph_task_id() != -1:  # in_recomputation(), when nothing compiles
         running = tuple(None if isinstance(value, Tensor) else value for value in running)
     if save:
         return autograd.FUNCTIONS_WITH_UPDATE[name].apply(*tensors, (*settings, *running))
-    return autograd.WITH_UPDATE[name](*tensors, (*settings, *running))[1][0]
+    return autograd.WITH_UPDATE[name](None, *tensors, (*settings, *running))
 
 
 def _updated_once(training: bool, *running: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -86,18 +86,12 @@ class _Formula:
 
         return self._function(forward, self.backward)
 
-    def function_with_update(self, run: Callable) -> type[torch.autograd.Function]:
+    def function_with_update(self, forward: Callable) -> type[torch.autograd.Function]:
         """The same through the operator that updates running statistics too.
 
         Its arguments are those of the functional operator that may have a gradient, and one tuple of the others, for
-        each argument costs the host time; ``run`` gives the functional operator's arguments and results.
+        each argument costs the host time.
         """
-
-        def forward(ctx, *inputs):
-            inputs, output = run(*inputs)
-            ctx.strides = inputs[0].stride()
-            self._save(ctx, inputs, output)
-            return output[0]
 
         def backward(ctx, grad_output):
             return *self._backward(ctx, grad_output), None
@@ -360,15 +354,19 @@ THROUGH_REFERENCE = [
 FUNCTIONS = {formula.name: formula.function() for formula in FORMULAS}
 
 
-def _train_with_update(input, weight, bias, residual, settings):
+def _train_with_update(ctx, input, weight, bias, residual, settings):
     eps, relu, save_mask, running_mean, running_var, momentum = settings
     output, mean, invstd, mask = _TRAIN_WITH_UPDATE(
         input, weight, bias, residual, running_mean, running_var, momentum, eps, relu, save_mask
     )
-    return (input, weight, bias, residual, eps, relu, save_mask), (output, mean, None, invstd, mask)
+    if ctx is not None:
+        ctx.strides = input.stride()
+        inputs = (input, weight, bias, residual, eps, relu, save_mask)
+        _save_train(ctx, inputs, (output, mean, None, invstd, mask))
+    return output
 
 
-def _dual_train_with_update(input, weight, bias, input2, weight2, bias2, settings):
+def _dual_train_with_update(ctx, input, weight, bias, input2, weight2, bias2, settings):
     eps, eps2, relu, save_mask, running_mean, running_var, momentum, running_mean2, running_var2, momentum2 = settings
     output, mean, invstd, mean2, invstd2, mask = _LIBRARY.dual_batch_norm_add_relu_train_with_update.default(
         input,
@@ -388,12 +386,15 @@ def _dual_train_with_update(input, weight, bias, input2, weight2, bias2, setting
         relu,
         save_mask,
     )
-    inputs = (input, weight, bias, input2, weight2, bias2, eps, eps2, relu, save_mask)
-    return inputs, (output, mean, None, invstd, mean2, None, invstd2, mask)
+    if ctx is not None:
+        ctx.strides = input.stride()
+        inputs = (input, weight, bias, input2, weight2, bias2, eps, eps2, relu, save_mask)
+        _save_dual_train(ctx, inputs, (output, mean, None, invstd, mean2, None, invstd2, mask))
+    return output
 
 
-# Training in eager: the tensors that may have a gradient, then (*settings of the functional operator, then running
-# mean, running variance and momentum of each branch).
+# Training in eager: None or the context of an autograd.Function, the tensors that may have a gradient, then one tuple
+# of the settings of the functional operator and of running mean, running variance and momentum of each branch.
 WITH_UPDATE = {
     "batch_norm_add_relu_train": _train_with_update,
     "dual_batch_norm_add_relu_train": _dual_train_with_update,
