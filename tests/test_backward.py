@@ -338,3 +338,21 @@ def test_gradient_of_an_output_that_nobody_uses(device):
     (grad,) = torch.autograd.grad(other * 2, input, allow_unused=True)
     assert grad is None
     assert output.grad_fn is not None
+
+
+@pytest.mark.parametrize("dual", [False, True], ids=["one branch", "two branches"])
+def test_running_statistics_changed_before_the_backward(dual, device):
+    """An evaluation's backward needs the running statistics it saved: training in between has to make it raise."""
+    x, x2 = (torch.randn(2, 8, 3, 3, device=device, requires_grad=True) for _ in range(2))
+    weight = torch.ones(8, device=device, requires_grad=True)
+    running = torch.zeros(8, device=device), torch.ones(8, device=device)
+
+    def forward(training):
+        if dual:
+            return functional.dual_batch_norm_add_relu(x, *running, weight, None, x2, *running, weight, None, training)
+        return functional.batch_norm_add_relu(x, *running, weight, None, None, training)
+
+    evaluated = forward(False)
+    forward(True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        evaluated.sum().backward()

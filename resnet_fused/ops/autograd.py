@@ -354,11 +354,20 @@ THROUGH_REFERENCE = [
 FUNCTIONS = {formula.name: formula.function() for formula in FORMULAS}
 
 
+def _written(*running) -> None:
+    """Tells autograd that running statistics changed: a backward that saved them must raise, not go on with others.
+
+    The dispatcher does that for torch's operators alone.
+    """
+    torch.autograd.graph.increment_version([statistic for statistic in running if statistic is not None])
+
+
 def _train_with_update(ctx, input, weight, bias, residual, settings):
     eps, relu, save_mask, running_mean, running_var, momentum = settings
     output, mean, invstd, mask = _TRAIN_WITH_UPDATE(
         input, weight, bias, residual, running_mean, running_var, momentum, eps, relu, save_mask
     )
+    _written(running_mean, running_var)
     if ctx is not None:
         ctx.strides = input.stride()
         inputs = (input, weight, bias, residual, eps, relu, save_mask)
@@ -386,6 +395,7 @@ def _dual_train_with_update(ctx, input, weight, bias, input2, weight2, bias2, se
         relu,
         save_mask,
     )
+    _written(running_mean, running_var, running_mean2, running_var2)
     if ctx is not None:
         ctx.strides = input.stride()
         inputs = (input, weight, bias, input2, weight2, bias2, eps, eps2, relu, save_mask)
