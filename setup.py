@@ -17,14 +17,18 @@ ROOT = pathlib.Path(__file__).resolve().parent
 
 
 def require_compiler() -> None:
-    """Ends the build with one sentence where there is no C++ compiler."""
-    compiler = shlex.split(os.environ.get("CXX") or "c++")[0]
-    if shutil.which(compiler) is None and shutil.which("g++") is None and shutil.which("clang++") is None:
-        sys.exit(
-            f"resnet_fused needs a C++20 compiler and found no {compiler!r}: install one "
-            "(Debian, Ubuntu: `apt install g++`; Fedora: `dnf install gcc-c++`; conda: `conda install cxx-compiler`) "
-            "or name it in CXX."
-        )
+    """Names a C++ compiler in CXX, where torch's builder looks, or ends the build with one sentence."""
+    asked = os.environ.get("CXX")
+    candidates = [asked] if asked else ["c++", "g++", "clang++"]
+    for candidate in candidates:
+        if shutil.which(shlex.split(candidate)[0]):
+            os.environ["CXX"] = candidate
+            return
+    sys.exit(
+        f"resnet_fused needs a C++20 compiler and found no {' or '.join(candidates)}: install one "
+        "(Debian, Ubuntu: `apt install g++`; Fedora: `dnf install gcc-c++`; conda: `conda install cxx-compiler`) "
+        "or name it in CXX."
+    )
 
 
 def extension(name: str, sources: list[str]):
