@@ -93,13 +93,10 @@ void run_training(const ForwardArguments<T>& arguments, Branch<T>& branch, Branc
   });
 }
 
-}  // namespace
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_add_relu_train(const Tensor& input,
-                                                                             const MaybeTensor& weight,
-                                                                             const MaybeTensor& bias,
-                                                                             const MaybeTensor& residual, double eps,
-                                                                             bool relu, bool save_mask) {
+// One branch in training; `results` picks what comes back, and may update running statistics.
+template <typename Results>
+auto train(const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& residual,
+           double eps, bool relu, bool save_mask, const Results& results) {
   check_input(input);
   check_per_channel(weight, "weight", input);
   check_per_channel(bias, "bias", input);
@@ -109,6 +106,50 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_add_relu_train(con
     Branch<T> branch(x, weight, bias, eps, shape_of(x));
     Output<T> out(branch, residual, nullptr, relu, save_mask);
     run_training<T>(out.arguments, branch, nullptr);
+    return results(branch, out);
+  });
+}
+
+// The same for two branches.
+template <typename Results>
+auto train_dual(const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias, const Tensor& input2,
+                const MaybeTensor& weight2, const MaybeTensor& bias2, double eps, double eps2, bool relu,
+                bool save_mask, const Results& results) {
+  check_input(input);
+  check_per_channel(weight, "weight", input);
+  check_per_channel(bias, "bias", input);
+  check_same(input2, "input2", input);
+  check_per_channel(weight2, "weight2", input);
+  check_per_channel(bias2, "bias2", input);
+  return dispatch(input.scalar_type(), [&]<typename T>() {
+    const MemoryFormat format = memory_format(input);
+    const Tensor x = dense(input, format);
+    Branch<T> branch(x, weight, bias, eps, shape_of(x));
+    Branch<T> branch2(dense(input2, format), weight2, bias2, eps2, branch.shape);
+    branch.add_bias_of(branch2);
+    Output<T> out(branch, std::nullopt, &branch2, relu, save_mask);
+    run_training<T>(out.arguments, branch, &branch2);
+    return results(branch, branch2, out);
+  });
+}
+
+// What running statistics must be for an update: of the shape of weight and bias, and of their dtype.
+void check_update(const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias,
+                  const MaybeTensor& running_mean, const MaybeTensor& running_var, const char* mean_name,
+                  const char* var_name) {
+  check_per_channel(running_mean, mean_name, input);
+  check_per_channel(running_var, var_name, input);
+  check_one_dtype({&weight, &bias, &running_mean, &running_var});
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_add_relu_train(const Tensor& input,
+                                                                             const MaybeTensor& weight,
+                                                                             const MaybeTensor& bias,
+                                                                             const MaybeTensor& residual, double eps,
+                                                                             bool relu, bool save_mask) {
+  return train(input, weight, bias, residual, eps, relu, save_mask, [](const auto& branch, const auto& out) {
     return std::tuple(out.output, branch.mean_tensor(), branch.var_tensor(), branch.invstd_tensor(), out.mask);
   });
 }
@@ -118,21 +159,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_add_relu_train_with_update
     const MaybeTensor& running_mean, const MaybeTensor& running_var, double momentum, double eps, bool relu,
     bool save_mask) {
   check_input(input);
-  check_per_channel(weight, "weight", input);
-  check_per_channel(bias, "bias", input);
-  check_same(residual, "residual", input);
-  check_per_channel(running_mean, "running_mean", input);
-  check_per_channel(running_var, "running_var", input);
-  check_one_dtype({&weight, &bias, &running_mean, &running_var});
+  check_update(input, weight, bias, running_mean, running_var, "running_mean", "running_var");
   check_count(input);
-  return dispatch(input.scalar_type(), [&]<typename T>() {
-    const Tensor x = dense(input, memory_format(input));
-    Branch<T> branch(x, weight, bias, eps, shape_of(x));
-    Output<T> out(branch, residual, nullptr, relu, save_mask);
-    run_training<T>(out.arguments, branch, nullptr);
+  return train(input, weight, bias, residual, eps, relu, save_mask, [&](const auto& branch, const auto& out) {
     branch.update(running_mean, running_var, momentum);
     return std::tuple(out.output, branch.mean_tensor(), branch.invstd_tensor(), out.mask);
   });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_batch_norm_add_relu_train(
+    const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias, const Tensor& input2,
+    const MaybeTensor& weight2, const MaybeTensor& bias2, double eps, double eps2, bool relu, bool save_mask) {
+  const auto results = [](const auto& branch, const auto& branch2, const auto& out) {
+    return std::tuple(out.output, branch.mean_tensor(), branch.var_tensor(), branch.invstd_tensor(),
+                      branch2.mean_tensor(), branch2.var_tensor(), branch2.invstd_tensor(), out.mask);
+  };
+  return train_dual(input, weight, bias, input2, weight2, bias2, eps, eps2, relu, save_mask, results);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_batch_norm_add_relu_train_with_update(
@@ -141,53 +183,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_batch_norm_add_r
     const MaybeTensor& running_mean2, const MaybeTensor& running_var2, double momentum, double momentum2, double eps,
     double eps2, bool relu, bool save_mask) {
   check_input(input);
-  check_per_channel(weight, "weight", input);
-  check_per_channel(bias, "bias", input);
-  check_per_channel(running_mean, "running_mean", input);
-  check_per_channel(running_var, "running_var", input);
-  check_one_dtype({&weight, &bias, &running_mean, &running_var});
-  check_same(input2, "input2", input);
-  check_per_channel(weight2, "weight2", input);
-  check_per_channel(bias2, "bias2", input);
-  check_per_channel(running_mean2, "running_mean2", input);
-  check_per_channel(running_var2, "running_var2", input);
-  check_one_dtype({&weight2, &bias2, &running_mean2, &running_var2});
+  check_update(input, weight, bias, running_mean, running_var, "running_mean", "running_var");
+  check_update(input, weight2, bias2, running_mean2, running_var2, "running_mean2", "running_var2");
   check_count(input);
-  return dispatch(input.scalar_type(), [&]<typename T>() {
-    const MemoryFormat format = memory_format(input);
-    const Tensor x = dense(input, format);
-    Branch<T> branch(x, weight, bias, eps, shape_of(x));
-    Branch<T> branch2(dense(input2, format), weight2, bias2, eps2, branch.shape);
-    branch.add_bias_of(branch2);
-    Output<T> out(branch, std::nullopt, &branch2, relu, save_mask);
-    run_training<T>(out.arguments, branch, &branch2);
+  const auto results = [&](const auto& branch, const auto& branch2, const auto& out) {
     branch.update(running_mean, running_var, momentum);
     branch2.update(running_mean2, running_var2, momentum2);
     return std::tuple(out.output, branch.mean_tensor(), branch.invstd_tensor(), branch2.mean_tensor(),
                       branch2.invstd_tensor(), out.mask);
-  });
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_batch_norm_add_relu_train(
-    const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias, const Tensor& input2,
-    const MaybeTensor& weight2, const MaybeTensor& bias2, double eps, double eps2, bool relu, bool save_mask) {
-  check_input(input);
-  check_per_channel(weight, "weight", input);
-  check_per_channel(bias, "bias", input);
-  check_same(input2, "input2", input);
-  check_per_channel(weight2, "weight2", input);
-  check_per_channel(bias2, "bias2", input);
-  return dispatch(input.scalar_type(), [&]<typename T>() {
-    const MemoryFormat format = memory_format(input);
-    const Tensor x = dense(input, format);
-    Branch<T> branch(x, weight, bias, eps, shape_of(x));
-    Branch<T> branch2(dense(input2, format), weight2, bias2, eps2, branch.shape);
-    branch.add_bias_of(branch2);
-    Output<T> out(branch, std::nullopt, &branch2, relu, save_mask);
-    run_training<T>(out.arguments, branch, &branch2);
-    return std::tuple(out.output, branch.mean_tensor(), branch.var_tensor(), branch.invstd_tensor(),
-                      branch2.mean_tensor(), branch2.var_tensor(), branch2.invstd_tensor(), out.mask);
-  });
+  };
+  return train_dual(input, weight, bias, input2, weight2, bias2, eps, eps2, relu, save_mask, results);
 }
 
 std::tuple<Tensor, Tensor> batch_norm_add_relu_eval(const Tensor& input, const MaybeTensor& weight,
