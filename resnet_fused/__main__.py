@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 
 from . import __version__
@@ -14,7 +15,13 @@ def main(arguments: list[str] | None = None) -> int:
         The exit code: 0, 1 where the doctor finds no fused kernels for the CPU, 2 for a wrong argument.
     """
     options = _parser().parse_args(arguments)
-    return options.command(options)
+    try:
+        code = options.command(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has read enough, as `head` does; nor may Python write more as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -49,10 +56,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -51,10 +51,17 @@ def dual_batch_norm_add_relu(
     Raises:
         ValueError, RuntimeError: as :func:`batch_norm_add_relu`.
     """
+    joined = can_join(bn, bn2)
+    if not joined:
+        for module, value in ((bn, input), (bn2, input2)):
+            module._check_input_dim(value)
+            if _uses_batch_statistics(module):
+                F._verify_batch_size(value.size())
+        functional.check_branches(_branch(bn, input), _branch(bn2, input2), relu)
     if bn is bn2:
         # Its running statistics see the main branch first, as they would unfused.
         return batch_norm_add_relu(bn2, input2, batch_norm_add_relu(bn, input, relu=False), relu)
-    if not can_join(bn, bn2):
+    if not joined:
         return batch_norm_add_relu(bn, input, batch_norm_add_relu(bn2, input2, relu=False), relu)
     bn._check_input_dim(input)
     bn2._check_input_dim(input2)
@@ -82,6 +89,10 @@ def dual_batch_norm_add_relu(
 def can_join(bn: nn.BatchNorm2d, bn2: nn.BatchNorm2d) -> bool:
     """Whether one operator serves both: two modules in the same mode, with parameters of the same dtype."""
     return bn is not bn2 and _uses_batch_statistics(bn) == _uses_batch_statistics(bn2) and _dtype(bn) == _dtype(bn2)
+
+
+def _branch(bn: nn.BatchNorm2d, input: Tensor) -> tuple:
+    return input, bn.weight, bn.bias, bn.running_mean, bn.running_var
 
 
 def _uses_batch_statistics(bn: nn.BatchNorm2d) -> bool:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
 from torch.autograd import forward_ad
 
 from . import layout, reference
@@ -135,26 +136,39 @@ def _residual_gradient(relu: bool, needed: bool, grad_output: Tensor, grad_resid
 # relu(batch_norm(input) + residual), batch statistics -------------------------------------------------------------
 
 
+def _copied(vector: Tensor | None) -> Tensor | None:
+    """A vector of channels as it is now, where torch's own batch_norm does not save the vector itself.
+
+    Whoever steps a bias between two backwards, or trains on after an evaluation whose backward is still to come, is
+    not refused, and has the gradient of the forward that ran.
+    """
+    return None if vector is None else vector.detach().clone()
+
+
+# Written for speed on the host, forward and backward: small tensors wait for it.
+
+
 def _save_train(ctx, inputs, output):
     input, weight, bias, residual, eps, relu, _ = inputs
     _, mean, _, invstd, mask = output
-    ctx.masked = relu and residual is not None
-    ctx.relu, ctx.eps = relu, eps
-    ctx.save_for_backward(input, weight, None if ctx.masked else bias, mean, invstd, mask if ctx.masked else None)
+    ctx.settings = relu, eps, input.stride()
+    if relu and residual is not None:
+        ctx.save_for_backward(input, weight, None, mean, invstd, mask)
+    else:
+        ctx.save_for_backward(input, weight, _copied(bias), mean, invstd, None)
 
 
 def _backward_train(ctx, grad_output):
-    # Written for speed on the host: small tensors wait for it.
     input, weight, bias, mean, invstd, mask = ctx.saved_tensors
     needs_input, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
-    relu = ctx.relu
-    if input.stride() != ctx.strides:
-        input = _restored(input, ctx.strides)
+    relu, eps, strides = ctx.settings
+    if input.stride() != strides:
+        input = _restored(input, strides)
     if mask is not None:
         bias = weight  # only its dtype counts
     needs = (needs_input, needs_residual and relu, needs_weight, needs_bias)
     if torch.is_grad_enabled():
-        mean, invstd = _batch_statistics(input, ctx.eps, mean, invstd)
+        mean, invstd = _batch_statistics(input, eps, mean, invstd)
         run = reference.batch_norm_add_relu_train_backward
         gradients = run(grad_output, input, weight, bias, mean, invstd, mask, relu, *needs)
     else:
@@ -178,8 +192,8 @@ def _save_eval(ctx, inputs, output):
     input, weight, bias, residual, running_mean, running_var, eps, relu, _ = inputs
     ctx.masked = relu and residual is not None
     ctx.relu, ctx.eps = relu, eps
-    mask = output[1] if ctx.masked else None
-    ctx.save_for_backward(input, weight, None if ctx.masked else bias, running_mean, running_var, mask)
+    bias, mask = (None, output[1]) if ctx.masked else (_copied(bias), None)
+    ctx.save_for_backward(input, weight, bias, _copied(running_mean), _copied(running_var), mask)
 
 
 def _backward_eval(ctx, grad_output):
@@ -287,6 +301,7 @@ def _backward_dual_train(ctx, grad_output):
 def _save_dual_eval(ctx, inputs, output):
     input, weight, _, mean, var, input2, weight2, _, mean2, var2, eps, eps2, relu, _ = inputs
     ctx.relu, ctx.eps, ctx.eps2 = relu, eps, eps2
+    mean, var, mean2, var2 = map(_copied, (mean, var, mean2, var2))
     ctx.save_for_backward(input, weight, mean, var, input2, weight2, mean2, var2, output[1] if relu else None)
 
 
@@ -325,7 +340,12 @@ def _save_add_relu(ctx, inputs, output):
 
 def _backward_add_relu(ctx, grad_output):
     (mask,) = ctx.saved_tensors
-    grad = _backward_op("add_relu_backward", _restored(grad_output, ctx.strides), mask)
+    if is_legacy_batchedtensor(grad_output):  # a batch of gradients, whose layout nobody may ask for
+        like = torch.empty_strided(grad_output.shape, ctx.strides, dtype=grad_output.dtype, device="meta")
+        keep = layout.unflat(layout.unpack(mask, grad_output.numel()), like)
+        grad = torch.where(keep, grad_output, torch.zeros_like(grad_output))
+    else:
+        grad = _backward_op("add_relu_backward", _restored(grad_output, ctx.strides), mask)
     needs_input, needs_residual, _ = ctx.needs_input_grad
     return grad if needs_input else None, grad if needs_residual else None
 
@@ -369,7 +389,6 @@ def _train_with_update(ctx, input, weight, bias, residual, settings):
     )
     _written(running_mean, running_var)
     if ctx is not None:
-        ctx.strides = input.stride()
         inputs = (input, weight, bias, residual, eps, relu, save_mask)
         _save_train(ctx, inputs, (output, mean, None, invstd, mask))
     return output
@@ -464,8 +483,9 @@ class _AutogradLibrary(torch.library.Library):
 
     def impl(self, op_name, fn, dispatch_key="", **options):
         def kernel(keyset, *args, **kwargs):
-            transformed = torch._C._functorch.peek_interpreter_stack() is not None
-            if transformed or (forward_ad._current_level >= 0 and any(map(_has_tangent, (*args, *kwargs.values())))):
+            if peek_interpreter_stack() is not None or (
+                forward_ad._current_level >= 0 and any(map(_has_tangent, (*args, *kwargs.values())))
+            ):
                 return getattr(reference, op_name)(*args, **kwargs)
             return fn(keyset, *args, **kwargs)
 

@@ -2,10 +2,12 @@
 
 import ctypes
 import functools
+import os
 import pathlib
 
 import torch
 
+CPU_CAPABILITIES = ("default", "avx2", "avx512")
 _PACKAGE = pathlib.Path(__file__).resolve().parent.parent
 
 
@@ -19,7 +21,11 @@ def load() -> None:
 
     Raises:
         ImportError: the package is not built.
+        ValueError: ``RESNET_FUSED_CPU_CAPABILITY`` is no instruction set.
     """
+    asked = os.environ.get("RESNET_FUSED_CPU_CAPABILITY") or "avx512"
+    if asked not in CPU_CAPABILITIES:
+        raise ValueError(f"RESNET_FUSED_CPU_CAPABILITY must be one of {', '.join(CPU_CAPABILITIES)}, got {asked!r}")
     for name in ("_ops", "_cpu"):
         if not path(name).is_file():
             raise ImportError(
