@@ -192,6 +192,22 @@ def test_a_forward_replaced_on_the_class_of_torch_is_called(name, compiled, monk
     assert fusion_report(model).fused == 10
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(("where", "name"), [("layer1.0", "forward"), ("", "forward"), ("", "_forward_impl")])
+def test_methods_replaced_on_the_instance(where, name, late):
+    model = small()
+    if late:
+        fuse(model)
+    module = model.get_submodule(where)
+    setattr(module, name, lambda x: x)
+    fuse(model)
+    assert module(images()).shape == (4, 3, 24, 24)
+    rows = {row.name: row for row in fusion_report(model).rows}
+    concerned = ["layer1.0.bn1", "layer1.0.bn2"] if where else ["bn1"]
+    assert {row.name for row in rows.values() if not row.fused} == set(concerned)
+    assert {rows[bn].reason for bn in concerned} == {f"its {name} was replaced on the instance"}
+
+
 # Modules that change after fuse()
 
 

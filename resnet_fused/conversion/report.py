@@ -114,16 +114,19 @@ def fusion_report(model: nn.Module, device: torch.device | str | None = None) ->
 def _judge(module: nn.Module) -> Iterator[tuple[str, str | None, str | None]]:
     """(name, operator, reason) for each BatchNorm that the forward of ``module`` is known to use."""
     if isinstance(module, Fused):
-        for site in module._fusion_sites(module):
-            yield from sites.judge(module, site)
+        yield from _verdicts(module, type(module), module._fusion_plan)
         return
     yield from own_modules.judge(module)
-    cls = conversion_of(module)
-    if cls is None:
-        return
-    for site in cls._fusion_sites(module):
-        for name, operator, reason in sites.judge(module, site):
+    conversion = conversion_of(module)
+    if conversion is not None:
+        for name, operator, reason in _verdicts(module, *conversion):
             yield name, operator, reason or NOT_APPLIED
+
+
+def _verdicts(module: nn.Module, family: type[Fused], plan) -> Iterator[sites.Verdict]:
+    obstacle = family._fusion_obstacle(module, plan)
+    for site in family._fusion_sites(module, plan):
+        yield from sites.judge(module, site, obstacle)
 
 
 def _why_unknown(name: str, unknown: dict[str, str]) -> str:
