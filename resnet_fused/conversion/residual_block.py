@@ -48,7 +48,7 @@ class FusedBlock(Fused):
         """What the forward of the original class computes."""
         plan = self._fusion_plan
         for name, before in plan.branches:
-            if attributes.seen(getattr(self, name)) != before:
+            if attributes.seen(getattr(self, name, None)) != before:
                 return self._fusion_base.forward(self, x)
         shortcut = None if plan.shortcut is None else getattr(self, plan.shortcut)
         add = operator.iadd if plan.add_inplace else operator.add
@@ -56,8 +56,7 @@ class FusedBlock(Fused):
         bns = [getattr(self, bn) for bn in plan.bns]
         out = x
         for index, name in enumerate(plan.convs):
-            # Not at the end, where it is no faster or slower: a shortcut may write its input in place, draw random
-            # numbers or have hooks.
+            # Where the original runs it: a shortcut may write its input in place, draw random numbers or have hooks.
             if index == plan.shortcut_after and shortcut is not None:
                 shortcut = sites.early(shortcut, x, bns)
             if index < len(plan.convs) - 1:
@@ -82,7 +81,7 @@ class FusedBlock(Fused):
         relus = [relu if isinstance(relu, str) else None for relu in plan.relus]
         inner = [Site(bn, relu) for bn, relu in zip(plan.bns[:-1], relus, strict=False)]
         # None where the original branches on it and it was taken away.
-        shortcut = None if plan.shortcut is None or getattr(module, plan.shortcut) is None else plan.shortcut
+        shortcut = None if plan.shortcut is None or getattr(module, plan.shortcut, None) is None else plan.shortcut
         end = Site(None if plan.bn_before_last_conv else plan.bns[-1], relus[-1], adds=True, shortcut=shortcut)
         alone = [Site(plan.bns[-1], rectifies=False)] if plan.bn_before_last_conv else []
         return *inner, *alone, end
@@ -90,7 +89,7 @@ class FusedBlock(Fused):
     @classmethod
     def _fusion_obstacle(cls, module: nn.Module, plan: Plan) -> str | None:
         """Also that an attribute changed which the original branches on."""
-        changed = [name for name, before in plan.branches if attributes.seen(getattr(module, name)) != before]
+        changed = [name for name, before in plan.branches if attributes.seen(getattr(module, name, None)) != before]
         if changed:
             return f"its forward branches on {', '.join(changed)}, which changed: unfuse() and fuse() again"
         return super()._fusion_obstacle(module, plan)
