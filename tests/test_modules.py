@@ -350,3 +350,12 @@ def test_torch_jit_trace(training):
     expected = copy.deepcopy(bn)(x, r)
     traced = torch.jit.trace(copy.deepcopy(bn), (x, r), check_trace=False)
     torch.testing.assert_close(traced(x, r), expected)
+
+
+def test_a_batch_norm_that_torch_and_the_fused_operator_call_in_one_step():
+    bn, reference = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    loss = (bn(x) * batch_norm_add_relu(bn, x * 2)).sum()
+    expected = (reference(x) * F.relu(reference(x * 2))).sum()
+    torch.testing.assert_close(torch.autograd.grad(loss, x), torch.autograd.grad(expected, x))
+    torch.testing.assert_close(bn.running_var, reference.running_var)

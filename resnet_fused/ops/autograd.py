@@ -374,20 +374,11 @@ THROUGH_REFERENCE = [
 FUNCTIONS = {formula.name: formula.function() for formula in FORMULAS}
 
 
-def _written(*running) -> None:
-    """Tells autograd that running statistics changed: a backward that saved them must raise, not go on with others.
-
-    The dispatcher does that for torch's operators alone.
-    """
-    torch.autograd.graph.increment_version([statistic for statistic in running if statistic is not None])
-
-
 def _train_with_update(ctx, input, weight, bias, residual, settings):
     eps, relu, save_mask, running_mean, running_var, momentum = settings
     output, mean, invstd, mask = _TRAIN_WITH_UPDATE(
         input, weight, bias, residual, running_mean, running_var, momentum, eps, relu, save_mask
     )
-    _written(running_mean, running_var)
     if ctx is not None:
         inputs = (input, weight, bias, residual, eps, relu, save_mask)
         _save_train(ctx, inputs, (output, mean, None, invstd, mask))
@@ -414,7 +405,6 @@ def _dual_train_with_update(ctx, input, weight, bias, input2, weight2, bias2, se
         relu,
         save_mask,
     )
-    _written(running_mean, running_var, running_mean2, running_var2)
     if ctx is not None:
         ctx.strides = input.stride()
         inputs = (input, weight, bias, input2, weight2, bias2, eps, eps2, relu, save_mask)
@@ -422,6 +412,9 @@ def _dual_train_with_update(ctx, input, weight, bias, input2, weight2, bias2, se
     return output
 
 
+# Running statistics change without a word to autograd, as in torch's own batch_norm: a BatchNorm that torch and the
+# fused operator call in one step would otherwise refuse its backward. Our own evaluation saved copies.
+#
 # Training in eager: None or the context of an autograd.Function, the tensors that may have a gradient, then one tuple
 # of the settings of the functional operator and of running mean, running variance and momentum of each branch.
 WITH_UPDATE = {
