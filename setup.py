@@ -61,11 +61,12 @@ def extension(name: str, sources: list[str]):
     """A shared object of the package."""
     from torch.utils.cpp_extension import CppExtension
 
+    headers = sorted([*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cpu").glob("*.h")])
     return CppExtension(
         f"resnet_fused.{name}",
         sources,
         include_dirs=[str(ROOT / "csrc")],
-        depends=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.h"))],
+        depends=[str(path.relative_to(ROOT)) for path in headers],
         extra_compile_args=[
             "-O3",
             "-std=c++20",
@@ -90,6 +91,8 @@ def extension(name: str, sources: list[str]):
 def main() -> None:
     """Builds what setuptools is asked for."""
     require_compiler()
+    # The ninja of an environment that is not activated; torch's builder looks on the PATH alone.
+    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), str(pathlib.Path(sys.executable).parent)])
     from torch.utils.cpp_extension import BuildExtension
 
     class Build(BuildExtension):

@@ -10,6 +10,7 @@ import argparse
 import os
 import pathlib
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -82,7 +83,8 @@ def library(output: pathlib.Path, directory: pathlib.Path, emulated: bool = Fals
     if not script.is_file() or script.read_text(encoding="utf-8") != text:
         script.write_text(text, encoding="utf-8")
     jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
-    subprocess.run([sys.executable, "-m", "ninja", "-f", script, "-j", jobs], cwd=ROOT, check=True)
+    ninja = [shutil.which("ninja")] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]
+    subprocess.run([*ninja, "-f", script, "-j", jobs], cwd=ROOT, check=True)
     return f"{toolkit}, for {cuda_toolkit.described(wanted)}"
 
 
