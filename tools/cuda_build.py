@@ -106,6 +106,7 @@ def _script(
         f"""'-DRESNET_FUSED_CUDA_ARCHITECTURES="{described}"'""",
     ]
     lines = [
+        f"builddir = {_path(directory)}",
         f"nvcc = {_quoted(toolkit.nvcc)}",
         f"cxx = {shlex.quote(toolkit.host_compiler)}",
         f"flags = {' '.join(flags)}",
