@@ -1,0 +1,351 @@
+// How the passes that reduce go over a tensor, and how their sums are put together: always in the same order.
+//
+// A thread adds the values of a group in the arithmetic's type and the group to a double, so that the roundings stay those of a few
+// terms and a GPU with little double arithmetic keeps up with its memory. Threads and blocks are put together in double. Where several
+// blocks share a channel, each writes its sums to scratch memory and counts itself in; the last one to arrive adds them up.
+#pragma once
+
+#include "cuda/device.h"
+#include "cuda/numbers.cuh"
+
+namespace resnet_fused::cuda {
+
+// Of 16-bit values few digits are lost in a group; of float values half as many may be added.
+template <typename T>
+constexpr int kGroup = sizeof(T) == 2 ? 8 : 4;
+
+struct SumsWalk {
+  int64_t outer;    // planes: N; rows: the rows
+  int64_t slots;    // accesses of a plane or of a row
+  int64_t inner;    // values of a plane or of a row
+  int64_t channels;
+  int64_t mask_bytes;
+  int64_t chunks;
+  int64_t splits;   // blocks that share a channel or a tile of channels
+  int64_t items;    // channels or tiles, times splits
+  int64_t tiles;    // rows
+  int64_t thread_outer, thread_slots;  // planes: from a thread's place in a chunk to its next
+  int64_t chunk_outer, chunk_slots;    // and from its chunk to its next
+  int32_t tile_slots, tile_rows;       // rows
+  double* partials;
+  unsigned* arrived;
+};
+
+// The place of one access.
+struct Place {
+  int64_t at;
+  int64_t byte;  // of the mask
+  int bit;
+  bool active;
+};
+
+template <typename C, int N>
+__device__ __forceinline__ C tree_sum(const C* v) {
+  if constexpr (N == 1) {
+    return v[0];
+  } else {
+    return tree_sum<C, N / 2>(v) + tree_sum<C, N / 2>(v + N / 2);
+  }
+}
+
+// The sums over a block, in its first thread.
+template <int K>
+__device__ __forceinline__ void sum_over_block(double (&v)[K]) {
+  __shared__ double of_warp[K][kThreads / 32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) v[k] += __shfl_down_sync(~0u, v[k], distance);
+    if (lane == 0) of_warp[k][warp] = v[k];
+  }
+  __syncthreads();
+  if (warp == 0) {
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      v[k] = lane < warps ? of_warp[k][lane] : 0;
+#pragma unroll
+      for (int distance = kThreads / 64; distance > 0; distance /= 2) {
+        v[k] += __shfl_down_sync(~0u, v[k], distance);
+      }
+    }
+  }
+  __syncthreads();  // of_warp is free again
+}
+
+// Counts this block in; true in the last of `splits`. What the block wrote to global memory before is then visible to the last one:
+// each thread's fence puts its own writes before the barrier, the barrier before the count of thread 0; the fence behind the count
+// keeps the reads that follow from being served by what an L1 or a register held before.
+__device__ __forceinline__ bool is_last_block(unsigned* arrived, int64_t splits) {
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicAdd(arrived, 1u) == static_cast<unsigned>(splits - 1);
+  __syncthreads();
+  const bool result = last;
+  __threadfence();
+  __syncthreads();  // `last` is free again
+  return result;
+}
+
+// Planes: a block owns the chunks s, s + splits, ... of one channel, so that all blocks go through the batch together and the L2 keeps its
+// end. begin(channel) is called by the block before; add(pack index, place) loads; see the kernels.
+//   values(places, v): fills v[K][U V] with the terms of U accesses, zeros where not active
+//   finish(channel, sums): the first thread of the last block
+template <typename T, int K, int V, int U, typename Begin, typename Terms, typename Finish>
+__device__ __forceinline__ void sum_planes(const SumsWalk& w, const Begin& begin, const Terms& terms,
+                                           const Finish& finish) {
+  using C = Compute<T>;
+  constexpr int kTerms = U * V, kSize = kTerms < kGroup<T> ? kTerms : kGroup<T>;
+  for (int64_t item = blockIdx.x; item < w.items; item += gridDim.x) {
+    const int64_t channel = item % w.channels, split = item / w.channels;
+    begin(channel);
+    double sums[K] = {};
+    const int64_t first = split * (int64_t{U} * blockDim.x) + threadIdx.x;
+    int64_t outer = first / w.slots;
+    int64_t slot = first - outer * w.slots;
+    for (int64_t chunk = split; chunk < w.chunks; chunk += w.splits) {
+      Place p[U];
+      int64_t n = outer, s = slot;
+#pragma unroll
+      for (int u = 0; u < U; ++u) {
+        const int64_t run = n * w.channels + channel;
+        p[u].active = n < w.outer;
+        p[u].at = run * w.inner + s * V;
+        p[u].byte = run * w.mask_bytes + s * V / 8;
+        p[u].bit = static_cast<int>(s * V % 8);
+        n += w.thread_outer;
+        s += w.thread_slots;
+        if (s >= w.slots) {
+          s -= w.slots;
+          ++n;
+        }
+      }
+      C v[K][kTerms];
+      terms(p, v);
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+#pragma unroll
+        for (int i = 0; i < kTerms; i += kSize) sums[k] += static_cast<double>(tree_sum<C, kSize>(&v[k][i]));
+      }
+      outer += w.chunk_outer;
+      slot += w.chunk_slots;
+      if (slot >= w.slots) {
+        slot -= w.slots;
+        ++outer;
+      }
+    }
+    sum_over_block<K>(sums);
+    if (w.splits > 1) {
+      double* partial = w.partials + channel * w.splits * K;
+      if (threadIdx.x == 0) {
+#pragma unroll
+        for (int k = 0; k < K; ++k) partial[split * K + k] = sums[k];
+      }
+      if (!is_last_block(w.arrived + channel, w.splits)) continue;
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+        sums[k] = 0;
+        for (int64_t i = threadIdx.x; i < w.splits; i += blockDim.x) sums[k] += partial[i * K + k];
+      }
+      sum_over_block<K>(sums);
+    }
+    if (threadIdx.x == 0) finish(channel, sums);
+  }
+}
+
+// The sums of a thread's V channels, K of each, in dynamic shared memory: registers would not do for them. Lanes lie beside each other.
+template <int K, int V>
+struct ThreadSums {
+  double* own;
+  __device__ __forceinline__ ThreadSums() {
+    extern __shared__ double sums[];
+    own = sums + threadIdx.x;
+  }
+  __device__ __forceinline__ double& at(int k, int i, int thread = 0) const {
+    return own[(k * V + i) * kThreads + thread];
+  }
+  __device__ __forceinline__ void clear() const {
+#pragma unroll
+    for (int j = 0; j < K * V; ++j) own[j * kThreads] = 0;
+  }
+};
+
+// Adds up over the rows of threads, into the first.
+template <int K, int V>
+__device__ __forceinline__ void sum_over_rows(const ThreadSums<K, V>& sums, int row, int rows, int tile_slots) {
+  __syncthreads();
+  while (rows > 1) {
+    const int half = (rows + 1) / 2;
+    if (row + half < rows) {
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+#pragma unroll
+        for (int i = 0; i < V; ++i) sums.at(k, i) += sums.at(k, i, half * tile_slots);
+      }
+    }
+    rows = half;
+    __syncthreads();
+  }
+}
+
+// Rows: a block owns a tile of channels and of its rows the chunks s, s + splits, ...; a thread V channels, of which it adds a group of
+// rows at a time.
+//   begin(first channel, count): the block prepares constants of the tile
+//   terms(places, column, v): fills v[K][U][V] for U rows
+//   finish(channel, sums): of the last block, one thread a channel
+template <typename T, int K, int V, int U, typename Begin, typename Terms, typename Finish>
+__device__ __forceinline__ void sum_rows(const SumsWalk& w, const Begin& begin, const Terms& terms,
+                                         const Finish& finish) {
+  using C = Compute<T>;
+  constexpr int kRows = kGroup<T>;
+  static_assert(kRows % U == 0);
+  const ThreadSums<K, V> sums;
+  const int row = threadIdx.x / w.tile_slots, column = threadIdx.x - row * w.tile_slots;
+  const bool works = row < w.tile_rows;
+  for (int64_t item = blockIdx.x; item < w.items; item += gridDim.x) {
+    const int64_t tile = item % w.tiles, split = item / w.tiles;
+    const int64_t slot = tile * w.tile_slots + column;
+    const int64_t first_channel = tile * w.tile_slots * V;
+    const int64_t left = w.channels - first_channel, width = w.tile_slots * V;
+    const int channels = static_cast<int>(left < width ? left : width);
+    begin(first_channel, channels);
+    sums.clear();
+    __syncthreads();
+    const bool has_values = works && slot < w.slots;
+    for (int64_t chunk = split; chunk < w.chunks; chunk += w.splits) {
+      C group[K][V] = {};
+#pragma unroll
+      for (int g = 0; g < kRows; g += U) {
+        Place p[U];
+#pragma unroll
+        for (int u = 0; u < U; ++u) {
+          const int64_t r = (chunk * kRows + g + u) * w.tile_rows + row;
+          p[u].active = has_values && r < w.outer;
+          p[u].at = r * w.inner + slot * V;
+          p[u].byte = r * w.mask_bytes + slot * V / 8;
+          p[u].bit = static_cast<int>(slot * V % 8);
+        }
+        C v[K][U][V];
+        terms(p, column, v);
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+#pragma unroll
+          for (int i = 0; i < V; ++i) {
+#pragma unroll
+            for (int u = 0; u < U; ++u) group[k][i] += v[k][u][i];
+          }
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+#pragma unroll
+        for (int i = 0; i < V; ++i) sums.at(k, i) += static_cast<double>(group[k][i]);
+      }
+    }
+    sum_over_rows(sums, row, w.tile_rows, w.tile_slots);
+    if (w.splits > 1) {
+      double* partial = w.partials + tile * w.splits * K * width;
+      if (row == 0) {
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+#pragma unroll
+          for (int i = 0; i < V; ++i) partial[(split * K + k) * width + column * V + i] = sums.at(k, i);
+        }
+      }
+      if (!is_last_block(w.arrived + tile, w.splits)) continue;
+      sums.clear();
+      if (works) {
+        for (int64_t s = row; s < w.splits; s += w.tile_rows) {
+#pragma unroll
+          for (int k = 0; k < K; ++k) {
+#pragma unroll
+            for (int i = 0; i < V; ++i) sums.at(k, i) += partial[(s * K + k) * width + column * V + i];
+          }
+        }
+      }
+      sum_over_rows(sums, row, w.tile_rows, w.tile_slots);
+    }
+    if (row == 0) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        const int64_t channel = slot * V + i;
+        double of_channel[K];
+#pragma unroll
+        for (int k = 0; k < K; ++k) of_channel[k] = sums.at(k, i);
+        if (channel < w.channels) finish(channel, of_channel);
+      }
+    }
+    __syncthreads();  // sums and constants are free again
+  }
+}
+
+struct SumsPlan {
+  SumsWalk walk;
+  unsigned grid;
+  unsigned block;
+  int64_t shared_bytes;
+  int64_t partial_doubles;  // of one branch
+  int64_t counters;
+};
+
+// Enough blocks to fill the device, each with a few chunks to do.
+inline SumsPlan plan_sums(const Shape& shape, int sums, int v, int unroll, int group, const void* kernel,
+                          int branches) {
+  SumsPlan plan{};
+  SumsWalk& w = plan.walk;
+  w.inner = shape.inner();
+  w.channels = shape.channels;
+  w.mask_bytes = shape.mask_bytes();
+  w.slots = std::max<int64_t>(divide_up(w.inner, v), 1);
+  int64_t groups = 0;
+  if (shape.rows) {
+    w.outer = shape.runs();
+    w.tiles = divide_up(w.slots, kThreads / v);
+    w.tile_slots = static_cast<int32_t>(divide_up(w.slots, w.tiles));
+    w.tile_rows = kThreads / w.tile_slots;
+    w.chunks = divide_up(w.outer, int64_t{group} * w.tile_rows);
+    plan.block = kThreads;
+    plan.shared_bytes = int64_t{sums} * v * kThreads * static_cast<int64_t>(sizeof(double));
+    groups = w.tiles;
+  } else {
+    w.outer = shape.numel() == 0 ? 0 : shape.batch;
+    const int64_t accesses = w.outer * w.slots;
+    plan.block = static_cast<unsigned>(std::clamp<int64_t>(round_up(divide_up(accesses, unroll), 32), 32, kThreads));
+    const int64_t chunk = int64_t{unroll} * plan.block;
+    w.chunks = divide_up(accesses, chunk);
+    groups = w.channels;
+  }
+  const int64_t resident = resident_blocks(kernel, static_cast<int>(plan.block), plan.shared_bytes);
+  constexpr int64_t kLeastChunks = 2;
+  w.splits = std::clamp<int64_t>(resident / std::max<int64_t>(groups * branches, 1), 1,
+                                 std::max<int64_t>(w.chunks / kLeastChunks, 1));
+  w.items = groups * w.splits;
+  plan.grid = grid_size(w.items);
+  if (!shape.rows) {
+    const int64_t chunk = int64_t{unroll} * plan.block * w.splits;
+    w.thread_outer = plan.block / w.slots;
+    w.thread_slots = plan.block % w.slots;
+    w.chunk_outer = chunk / w.slots;
+    w.chunk_slots = chunk % w.slots;
+  }
+  if (w.splits > 1) {
+    const int64_t width = shape.rows ? int64_t{w.tile_slots} * v : 1;
+    plan.partial_doubles = w.items * sums * width;
+    plan.counters = groups;
+  }
+  return plan;
+}
+
+// Scratch memory for blocks that share a channel: their sums, and counters that begin at zero.
+inline cudaError_t allocate_scratch(SumsPlan& plan, int branches, const Launch& launch) {
+  if (plan.counters == 0) return cudaSuccess;
+  const int64_t sums = plan.partial_doubles * branches * static_cast<int64_t>(sizeof(double));
+  const int64_t counters = plan.counters * branches * static_cast<int64_t>(sizeof(unsigned));
+  char* scratch = static_cast<char*>(launch.allocate(sums + counters));
+  plan.walk.partials = reinterpret_cast<double*>(scratch);
+  plan.walk.arrived = reinterpret_cast<unsigned*>(scratch + sums);
+  return cudaMemsetAsync(plan.walk.arrived, 0, static_cast<size_t>(counters), launch.stream);
+}
+
+}  // namespace resnet_fused::cuda
