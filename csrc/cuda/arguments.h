@@ -41,9 +41,16 @@ struct ChannelOutput {
   Dtype dtype = Dtype::kFloat;
 };
 
+// Up to four constants of a channel, which planes read with every access, in as few accesses as can be.
+template <typename C>
+struct alignas(16) TableEntry {
+  C v[4];
+};
+
 // A normalized input and its statistics: mean and invstd, or mean and var.
 struct Branch {
   const void* input = nullptr;
+  const void* table = nullptr;  // TableEntry<C>[C] of mean, scale and bias, where they are known already
   ChannelVector weight, bias, mean, spread;
   bool spread_is_var = false;
   double eps = 0;
@@ -64,6 +71,8 @@ struct StatisticsBranch {
   void* invstd = nullptr;
   ChannelOutput running_mean, running_var;
   double momentum = 0;
+  ChannelVector weight, bias;
+  void* table = nullptr;  // for the pass that normalizes
 };
 
 struct StatisticsArguments {
@@ -85,6 +94,8 @@ struct ForwardArguments {
 
 enum class KeepFrom : int32_t { kAll, kMask, kInput };
 
+// Per channel grad_input = (grad - mean_grad - (input - mean) slope) scale, or grad scale where the statistics are constants.
+//
 // What the gradient is made of, in both backward passes. The gradient behind the ReLU is grad_output where `keep` says so.
 struct Gradient {
   Shape shape;
@@ -107,19 +118,13 @@ struct ReduceArguments {
   void* sum_grad;
   void* sum_grad_xmu;
   ChannelOutput grad_weight, grad_bias, grad_weight2, grad_bias2;
-  void* slopes;  // Slopes<C>[C] for the pass that applies
-};
-
-// Per channel: grad_input = (grad - mean_grad - (input - mean) slope) scale.
-template <typename C>
-struct alignas(4 * sizeof(C)) Slopes {
-  C mean_grad, slope, slope2, unused;
+  void* table;  // TableEntry<C>[C] of mean_grad, slope and slope2, for the pass that applies
 };
 
 struct BackwardArguments {
   Gradient gradient;
   bool constant_statistics;  // grad_input = grad scale
-  const void* slopes;        // from the reduction, or
+  const void* table;         // mean_grad and slopes from the reduction, or
   ChannelVector mean_grad, mean_grad_xmu;  // given
 };
 

@@ -36,14 +36,15 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_forward_kernel(const Forwa
       constants[kScale2] = second.scale;
     }
   };
-  const void* other = S == Second::kNormalized ? a.second.input : a.residual;
   walk<kRows, C, K, V, U>(w, fill, [&](const Places<U>& p, const auto& constants_at) {
-    Pack<T, V> x[U], r[U];
+    Pack<T, V> x[U];
+    [[maybe_unused]] Pack<T, V> r[U];
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       if (!p.active[u]) continue;
       x[u].load(a.first.input, p.at[u]);
-      if constexpr (S != Second::kNone) r[u].load(other, p.at[u]);
+      if constexpr (S == Second::kTensor) r[u].load(a.residual, p.at[u]);
+      if constexpr (S == Second::kNormalized) r[u].load(a.second.input, p.at[u]);
     }
 #pragma unroll
     for (int u = 0; u < U; ++u) {
@@ -57,20 +58,20 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_forward_kernel(const Forwa
       } else {
         v = bias;
       }
-      Pack<T, V> y;
-      unsigned bits = 0;
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        C value = normalized(x[u][i], mean[i], scale[i], v[i]);
-        if constexpr (S == Second::kTensor) value += r[u][i];
-        if (a.relu && !positive_or_nan(value)) value = 0;
-        y.values[i] = rounded<T>(value);
-        // A small positive value may round to zero, and then the gradient stops there.
-        if (positive_or_nan(y[i])) bits |= 1u << i;
+        v.v[i] = normalized(x[u][i], mean[i], scale[i], v[i]);
+        if constexpr (S == Second::kTensor) v.v[i] += r[u][i];
+        if (a.relu && !positive_or_nan(v[i])) v.v[i] = 0;
       }
+      const auto y = Pack<T, V>::of(v);
       if (p.active[u]) y.store(a.output, p.at[u]);
       if constexpr (S != Second::kNone) {
         if (a.mask != nullptr) {
+          // Of the rounded value: a small positive one may become zero, and then the gradient stops there.
+          unsigned bits = 0;
+#pragma unroll
+          for (int i = 0; i < V; ++i) bits |= positive_or_nan(y[i]) ? 1u << i : 0;
           bits = gather_bits<V>(p.active[u] ? bits : 0);
           if (p.inside[u] && writes_byte<V>()) a.mask[p.byte[u]] = static_cast<uint8_t>(bits);
         }

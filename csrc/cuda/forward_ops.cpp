@@ -14,7 +14,7 @@ namespace {
 
 // The statistics of one training input, and what they are made for.
 struct Trained {
-  Trained(const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias, double eps)
+  Trained(const Call& call, const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias, double eps)
       : mean(statistic(input)), var(statistic(input)), invstd(statistic(input)), branch(branch_of(input, weight, bias)) {
     take_invstd(branch, mean, invstd);
     statistics.input = branch.input;
@@ -22,6 +22,9 @@ struct Trained {
     statistics.mean = mutable_data_of(mean);
     statistics.var = mutable_data_of(var);
     statistics.invstd = mutable_data_of(invstd);
+    statistics.weight = branch.weight;
+    statistics.bias = branch.bias;
+    branch.table = statistics.table = call.new_table(input);
   }
 
   Tensor mean, var, invstd;
@@ -72,7 +75,7 @@ std::tuple<Output, Trained> train(const char* name, const Tensor& input, const M
   check_same(residual, "residual", input);
   const Call call(name, input);
   const Tensor x = dense(input, memory_format(input));
-  Trained trained(x, weight, bias, eps);
+  Trained trained(call, x, weight, bias, eps);
   running.give_to(trained.statistics);
   Output out(x, residual, false, relu, save_mask);
   StatisticsArguments statistics{out.arguments.shape, trained.statistics, {}, 1};
@@ -97,7 +100,7 @@ std::tuple<Output, Trained, Trained> train_dual(const char* name, const Tensor& 
   const Call call(name, input);
   const MemoryFormat format = memory_format(input);
   const Tensor x = dense(input, format), x2 = dense(input2, format);
-  Trained first(x, weight, bias, eps), second(x2, weight2, bias2, eps2);
+  Trained first(call, x, weight, bias, eps), second(call, x2, weight2, bias2, eps2);
   running.give_to(first.statistics);
   running2.give_to(second.statistics);
   Output out(x, std::nullopt, true, relu, save_mask);

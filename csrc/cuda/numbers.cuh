@@ -35,56 +35,87 @@ __device__ __forceinline__ T rounded(Compute<T> v) {
   }
 }
 
-template <int kBytes>
-struct WordOf;
-template <>
-struct WordOf<16> {
-  using Type = uint4;
-};
-template <>
-struct WordOf<8> {
-  using Type = uint2;
-};
-template <>
-struct WordOf<4> {
-  using Type = unsigned;
-};
-template <>
-struct WordOf<2> {
-  using Type = unsigned short;
-};
-
-// V consecutive values that are loaded and stored in one access.
-template <typename T, int V>
-union Pack {
-  using Word = typename WordOf<V * sizeof(T)>::Type;
-  Word word;
-  T values[V];
-
-  __device__ __forceinline__ Pack() : word{} {}
-  __device__ __forceinline__ void load(const void* from, int64_t at) {
-    word = *reinterpret_cast<const Word*>(static_cast<const T*>(from) + at);
-  }
-  __device__ __forceinline__ void store(void* to, int64_t at) const {
-    *reinterpret_cast<Word*>(static_cast<T*>(to) + at) = word;
-  }
-  __device__ __forceinline__ Compute<T> operator[](int i) const { return number(values[i]); }
-};
-template <typename T>
-union Pack<T, 1> {
-  T values[1];
-
-  __device__ __forceinline__ Pack() : values{rounded<T>(0)} {}
-  __device__ __forceinline__ void load(const void* from, int64_t at) { values[0] = static_cast<const T*>(from)[at]; }
-  __device__ __forceinline__ void store(void* to, int64_t at) const { static_cast<T*>(to)[at] = values[0]; }
-  __device__ __forceinline__ Compute<T> operator[](int) const { return number(values[0]); }
-};
-
 // V values of the arithmetic's type.
 template <typename C, int V>
 struct Values {
   C v[V];
   __device__ __forceinline__ C operator[](int i) const { return v[i]; }
+};
+
+// V consecutive values that are loaded and stored in one access, taken apart and put together by arithmetic: a compiler that may see
+// them as an array splits the access.
+template <typename T, int V>
+struct Pack {
+  static constexpr int kWords = V * sizeof(T) / 4;
+  static_assert(kWords == 2 || kWords == 4);
+  unsigned words[kWords] = {};
+
+  __device__ __forceinline__ void load(const void* from, int64_t at) {
+    const T* address = static_cast<const T*>(from) + at;
+    if constexpr (kWords == 4) {
+      const uint4 word = *reinterpret_cast<const uint4*>(address);
+      words[0] = word.x, words[1] = word.y, words[2] = word.z, words[3] = word.w;
+    } else {
+      const uint2 word = *reinterpret_cast<const uint2*>(address);
+      words[0] = word.x, words[1] = word.y;
+    }
+  }
+  __device__ __forceinline__ void store(void* to, int64_t at) const {
+    T* address = static_cast<T*>(to) + at;
+    if constexpr (kWords == 4) {
+      *reinterpret_cast<uint4*>(address) = make_uint4(words[0], words[1], words[2], words[3]);
+    } else {
+      *reinterpret_cast<uint2*>(address) = make_uint2(words[0], words[1]);
+    }
+  }
+  __device__ __forceinline__ Compute<T> operator[](int i) const {
+    if constexpr (std::is_same_v<T, double>) {
+      return __hiloint2double(static_cast<int>(words[2 * i + 1]), static_cast<int>(words[2 * i]));
+    } else if constexpr (std::is_same_v<T, float>) {
+      return __uint_as_float(words[i]);
+    } else if constexpr (std::is_same_v<T, BFloat16>) {
+      const unsigned word = words[i / 2];
+      return __uint_as_float(i % 2 == 0 ? word << 16 : word & 0xffff0000u);
+    } else {
+      return __half2float(__ushort_as_half(static_cast<unsigned short>(words[i / 2] >> (i % 2 * 16))));
+    }
+  }
+  // Rounds to T.
+  static __device__ __forceinline__ Pack of(const Values<Compute<T>, V>& v) {
+    Pack r;
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      if constexpr (std::is_same_v<T, double>) {
+        r.words[2 * i] = static_cast<unsigned>(__double2loint(v[i]));
+        r.words[2 * i + 1] = static_cast<unsigned>(__double2hiint(v[i]));
+      } else if constexpr (std::is_same_v<T, float>) {
+        r.words[i] = __float_as_uint(v[i]);
+      } else if (i % 2 == 0) {
+        r.words[i / 2] = two_rounded(v[i], v[i + 1]);
+      }
+    }
+    return r;
+  }
+
+ private:
+  static __device__ __forceinline__ unsigned two_rounded(float low, float high) {
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+      return __bfloat16_as_ushort(pair.x) | static_cast<unsigned>(__bfloat16_as_ushort(pair.y)) << 16;
+    } else {
+      const __half2 pair = __floats2half2_rn(low, high);
+      return __half_as_ushort(pair.x) | static_cast<unsigned>(__half_as_ushort(pair.y)) << 16;
+    }
+  }
+};
+template <typename T>
+struct Pack<T, 1> {
+  T value = rounded<T>(0);
+
+  __device__ __forceinline__ void load(const void* from, int64_t at) { value = static_cast<const T*>(from)[at]; }
+  __device__ __forceinline__ void store(void* to, int64_t at) const { static_cast<T*>(to)[at] = value; }
+  __device__ __forceinline__ Compute<T> operator[](int) const { return number(value); }
+  static __device__ __forceinline__ Pack of(const Values<Compute<T>, 1>& v) { return {rounded<T>(v[0])}; }
 };
 
 template <typename C>
@@ -128,6 +159,10 @@ __device__ __forceinline__ void set_value(const ChannelOutput& vector, int64_t c
 
 template <typename C>
 __device__ __forceinline__ Affine<C> affine_of(const Branch& branch, int64_t channel) {
+  if (branch.table != nullptr) {
+    const TableEntry<C> entry = static_cast<const TableEntry<C>*>(branch.table)[channel];
+    return {entry.v[0], entry.v[1], entry.v[2]};
+  }
   const C mean = value_of<C>(branch.mean, channel, C(0));
   const C spread = value_of<C>(branch.spread, channel, C(0));
   const C weight = value_of<C>(branch.weight, channel, C(1));

@@ -31,6 +31,10 @@ __device__ __forceinline__ void finish_channel(const StatisticsBranch& b, const 
   static_cast<C*>(b.mean)[channel] = s.mean;
   static_cast<C*>(b.var)[channel] = s.var;
   if (b.invstd != nullptr) static_cast<C*>(b.invstd)[channel] = s.invstd;
+  if (b.table != nullptr) {
+    const C weight = value_of(b.weight, channel, C(1)), bias = value_of(b.bias, channel, C(0));
+    static_cast<TableEntry<C>*>(b.table)[channel] = {{s.mean, weight * s.invstd, bias, C(0)}};
+  }
   if (count == 0) return;  // torch leaves the running statistics alone where the batch is empty
   if (b.running_mean.data != nullptr) {
     set_value(b.running_mean, channel, updated_running(value_of(b.running_mean, channel), s.mean, b.momentum));

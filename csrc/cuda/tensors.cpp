@@ -83,6 +83,12 @@ Call::Call(const char* name, const Tensor& input) : name_(name), input_(input), 
   };
 }
 
+void* Call::new_table(const Tensor& input) const {
+  const bool wide = input.scalar_type() == ScalarType::Double;
+  const size_t entry = wide ? sizeof(TableEntry<double>) : sizeof(TableEntry<float>);
+  return launch_.allocate(input.size(1) * static_cast<int64_t>(entry));
+}
+
 void Call::check(cudaError_t error) const {
   if (error == cudaSuccess) return;
   char* text = nullptr;

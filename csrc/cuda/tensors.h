@@ -66,6 +66,8 @@ class Call {
   Call& operator=(const Call&) = delete;
 
   const Launch& launch() const { return launch_; }
+  // Scratch memory for TableEntry, one a channel of input.
+  void* new_table(const Tensor& input) const;
   // Raises what went wrong, naming the operator and its input.
   void check(cudaError_t error) const;
 

@@ -8,6 +8,7 @@
 
 #include "cuda/device.h"
 #include "cuda/numbers.cuh"
+#include "cuda/tile.cuh"
 
 namespace resnet_fused::cuda {
 
@@ -41,7 +42,7 @@ struct Places {
   bool inside[U];
 };
 
-// Constants of a channel: K of them, the same for all values of an access to a plane ...
+// Constants of a channel, K of them: the same for all values of an access to a plane. Those of rows are in tile.cuh.
 template <typename C, int K, int V>
 struct PlaneConstants {
   C v[K];
@@ -50,38 +51,6 @@ struct PlaneConstants {
     Values<C, V> r;
 #pragma unroll
     for (int i = 0; i < V; ++i) r.v[i] = v[k];
-    return r;
-  }
-};
-
-// ... or V neighbours of a row, in shared memory. Four floats of a lane lie beside those of the next, so that 16-byte accesses of a
-// warp meet every bank once.
-constexpr int kTileChannels = 256;
-
-template <typename C, int V>
-__device__ __forceinline__ int place_in_tile(int slot, int i, int tile_slots) {
-  if constexpr (V == 8) return (i / 4 * tile_slots + slot) * 4 + i % 4;
-  return slot * V + i;
-}
-
-template <typename C, int K, int V>
-struct RowConstants {
-  const C (*shared)[kTileChannels];
-  int slot, tile_slots;
-  template <int k>
-  __device__ __forceinline__ Values<C, V> get() const {
-    Values<C, V> r;
-    if constexpr (V * sizeof(C) >= 16) {
-      constexpr int kPart = 16 / sizeof(C);
-#pragma unroll
-      for (int i = 0; i < V; i += kPart) {
-        const uint4 word = *reinterpret_cast<const uint4*>(&shared[k][place_in_tile<C, V>(slot, i, tile_slots)]);
-        memcpy(&r.v[i], &word, 16);
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < V; ++i) r.v[i] = shared[k][place_in_tile<C, V>(slot, i, tile_slots)];
-    }
     return r;
   }
 };

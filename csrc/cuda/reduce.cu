@@ -1,0 +1,225 @@
+// The pass of the backward that reduces: sums over a channel of the gradient behind the ReLU, and of it times (x - mean).
+//
+// It reads grad_output, the inputs and the mask once. In planes a block owns a channel or chunks of one, in rows a tile of channels and
+// chunks of rows (sums.cuh). The last block of a channel writes the gradients of weight and bias and the constants of the pass that
+// applies. With constant statistics grad_input needs no sum: then this pass writes it, too, and is the only one.
+#include "cuda/sums.cuh"
+#include "cuda/tile.cuh"
+
+namespace resnet_fused::cuda {
+
+namespace {
+
+using Kernel = void(ReduceArguments, SumsWalk);
+
+// The constants of a channel.
+enum { kMean, kScale, kBias, kMean2, kScale2, kConstants };
+
+template <typename C>
+__device__ __forceinline__ void constants_of(const Gradient& g, int64_t channel, C* constants) {
+  const Affine<C> first = affine_of<C>(g.first, channel);
+  constants[kMean] = first.mean;
+  constants[kScale] = first.scale;
+  constants[kBias] = first.bias;
+  if (!g.two) return;
+  const Affine<C> second = affine_of<C>(g.second, channel);
+  constants[kMean2] = second.mean;
+  constants[kScale2] = second.scale;
+}
+
+template <typename C>
+__device__ __forceinline__ void finish_channel(const ReduceArguments& a, int64_t channel, double grad, double xmu,
+                                               double xmu2) {
+  const Gradient& g = a.gradient;
+  if (a.sum_grad != nullptr) {
+    static_cast<C*>(a.sum_grad)[channel] = static_cast<C>(grad);
+    static_cast<C*>(a.sum_grad_xmu)[channel] = static_cast<C>(xmu);
+    return;
+  }
+  const C invstd = invstd_of<C>(g.first, channel);
+  set_value(a.grad_weight, channel, xmu * static_cast<double>(invstd));
+  set_value(a.grad_bias, channel, grad);
+  const C invstd2 = g.two ? invstd_of<C>(g.second, channel) : C(0);
+  if (g.two) {
+    set_value(a.grad_weight2, channel, xmu2 * static_cast<double>(invstd2));
+    set_value(a.grad_bias2, channel, grad);
+  }
+  if (a.table == nullptr) return;
+  const double count = static_cast<double>(g.shape.count());
+  static_cast<TableEntry<C>*>(a.table)[channel] = {
+      {static_cast<C>(grad / count), slope_of(xmu / count, invstd), slope_of(xmu2 / count, invstd2), C(0)}};
+}
+
+template <typename C, int V>
+__device__ __forceinline__ Values<C, V> all(C value) {
+  Values<C, V> r;
+#pragma unroll
+  for (int i = 0; i < V; ++i) r.v[i] = value;
+  return r;
+}
+
+// What U accesses add to the sums; `constants.get<k>()` gives V values. put(k, u, i, term) takes the terms.
+template <typename T, int V, int U, bool kTwo, typename Constants, typename Put>
+__device__ __forceinline__ void terms_of(const ReduceArguments& a, const Place (&p)[U], const Constants& constants,
+                                         const Put& put) {
+  using C = Compute<T>;
+  const Gradient& g = a.gradient;
+  Pack<T, V> grad[U], x[U], x2[kTwo ? U : 1];
+  unsigned bits[U];
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+    bits[u] = ~0u;
+    if (!p[u].active) continue;
+    grad[u].load(g.grad_output, p[u].at);
+    if (a.read_input) x[u].load(g.first.input, p[u].at);
+    if constexpr (kTwo) {
+      if (a.read_input2) x2[u].load(g.second.input, p[u].at);
+    }
+    if (g.keep == KeepFrom::kMask) bits[u] = g.mask[p[u].byte] >> p[u].bit;
+  }
+  const auto mean = constants.template get<kMean>();
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+    if constexpr (!kTwo) {
+      if (g.keep == KeepFrom::kInput) {
+        const auto scale = constants.template get<kScale>(), bias = constants.template get<kBias>();
+        Values<C, V> y;
+#pragma unroll
+        for (int i = 0; i < V; ++i) y.v[i] = normalized(x[u][i], mean[i], scale[i], bias[i]);
+        // As the forward rounded it, to the bit.
+        const auto output = Pack<T, V>::of(y);
+        bits[u] = 0;
+#pragma unroll
+        for (int i = 0; i < V; ++i) bits[u] |= positive_or_nan(output[i]) ? 1u << i : 0;
+      }
+    }
+    Values<C, V> kept;
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      kept.v[i] = p[u].active && (bits[u] >> i & 1) ? grad[u][i] : C(0);
+      put(0, u, i, kept[i]);
+      // Both factors, for zero times Inf is not zero.
+      const C difference = p[u].active && a.read_input ? x[u][i] - mean[i] : C(0);
+      put(1, u, i, kept[i] * difference);
+    }
+    if constexpr (kTwo) {
+      const auto mean2 = constants.template get<kMean2>();
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        const C difference = p[u].active && a.read_input2 ? x2[u][i] - mean2[i] : C(0);
+        put(2, u, i, kept[i] * difference);
+      }
+    }
+    if (!p[u].active) continue;
+    if (g.grad_residual != nullptr) Pack<T, V>::of(kept).store(g.grad_residual, p[u].at);
+    const auto scaled = [&](const Values<C, V>& scale) {
+      Values<C, V> r;
+#pragma unroll
+      for (int i = 0; i < V; ++i) r.v[i] = kept[i] * scale[i];
+      return Pack<T, V>::of(r);
+    };
+    if (g.grad_input != nullptr) scaled(constants.template get<kScale>()).store(g.grad_input, p[u].at);
+    if constexpr (kTwo) {
+      if (g.grad_input2 != nullptr) scaled(constants.template get<kScale2>()).store(g.grad_input2, p[u].at);
+    }
+  }
+}
+
+// Of the one channel of a block of planes; those of a tile of rows are in tile.cuh.
+template <typename C, int V>
+struct BlockConstants {
+  const C* shared;
+  template <int k>
+  __device__ __forceinline__ Values<C, V> get() const {
+    return all<C, V>(shared[k]);
+  }
+};
+
+template <int V>
+constexpr int kUnroll = V == 1 ? 4 : 2;
+
+template <typename T, int V, bool kTwo>
+__global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_reduce_planes_kernel(const ReduceArguments a, const SumsWalk w) {
+  using C = Compute<T>;
+  constexpr int U = kUnroll<V>, K = kTwo ? 3 : 2;
+  __shared__ C constants[kConstants];
+  sum_planes<T, K, V, U>(
+      w,
+      [&](int64_t channel) {
+        __syncthreads();
+        if (threadIdx.x == 0) constants_of(a.gradient, channel, constants);
+        __syncthreads();
+      },
+      [&](const Place(&p)[U], C(&v)[K][U * V]) {
+        terms_of<T, V, U, kTwo>(a, p, BlockConstants<C, V>{constants},
+                                [&](int k, int u, int i, C term) { v[k][u * V + i] = term; });
+      },
+      [&](int64_t channel, const double(&sums)[K]) {
+        finish_channel<C>(a, channel, sums[0], sums[1], kTwo ? sums[K - 1] : 0);
+      });
+}
+
+template <typename T, int V, bool kTwo>
+__global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_reduce_rows_kernel(const ReduceArguments a, const SumsWalk w) {
+  using C = Compute<T>;
+  constexpr int U = kUnroll<V>, K = kTwo ? 3 : 2;
+  __shared__ __align__(16) C constants[kConstants][kTileChannels];
+  sum_rows<T, K, V, U>(
+      w,
+      [&](int64_t first, int channels) {
+        for (int i = threadIdx.x; i < channels; i += blockDim.x) {
+          C of_channel[kConstants] = {};
+          constants_of(a.gradient, first + i, of_channel);
+          const int place = place_in_tile<C, V>(i / V, i % V, w.tile_slots);
+#pragma unroll
+          for (int k = 0; k < kConstants; ++k) constants[k][place] = of_channel[k];
+        }
+      },
+      [&](const Place(&p)[U], int column, C(&v)[K][U][V]) {
+        terms_of<T, V, U, kTwo>(a, p, RowConstants<C, kConstants, V>{constants, column, w.tile_slots},
+                                [&](int k, int u, int i, C term) { v[k][u][i] = term; });
+      },
+      [&](int64_t channel, const double(&sums)[K]) {
+        finish_channel<C>(a, channel, sums[0], sums[1], kTwo ? sums[K - 1] : 0);
+      });
+}
+
+struct Choice {
+  Kernel* kernel;
+  int v, unroll;
+};
+
+template <typename T, bool kTwo>
+Choice choose(int bytes, bool rows) {
+  constexpr int V = 16 / sizeof(T);
+  if (rows && bytes == 16) return {batch_norm_reduce_rows_kernel<T, V, kTwo>, V, kUnroll<V>};
+  if (rows) return {batch_norm_reduce_rows_kernel<T, 1, kTwo>, 1, kUnroll<1>};
+  if (bytes == 16) return {batch_norm_reduce_planes_kernel<T, V, kTwo>, V, kUnroll<V>};
+  if constexpr (sizeof(T) == 2) {
+    if (bytes == 8) return {batch_norm_reduce_planes_kernel<T, 4, kTwo>, 4, kUnroll<4>};
+  }
+  return {batch_norm_reduce_planes_kernel<T, 1, kTwo>, 1, kUnroll<1>};
+}
+
+}  // namespace
+
+cudaError_t launch_reduce(Dtype dtype, const ReduceArguments& arguments, const Launch& launch) {
+  const Gradient& g = arguments.gradient;
+  const Shape& shape = g.shape;
+  if (shape.channels == 0) return cudaSuccess;
+  const int bytes = access_bytes(shape.inner() * size_of(dtype), {g.grad_output, g.first.input, g.second.input,
+                                                                  g.grad_input, g.grad_input2, g.grad_residual});
+  const Choice choice = dispatch(dtype, [&]<typename T>() {
+    return g.two ? choose<T, true>(bytes, shape.rows) : choose<T, false>(bytes, shape.rows);
+  });
+  const int sums = g.two ? 3 : 2;
+  const int group = size_of(dtype) == 2 ? 8 : 4;
+  SumsPlan plan = plan_sums(shape, sums, choice.v, choice.unroll, group, address_of(choice.kernel), 1);
+  cudaError_t error = allocate_scratch(plan, 1, launch);
+  if (error != cudaSuccess) return error;
+  choice.kernel<<<plan.grid, plan.block, static_cast<size_t>(plan.shared_bytes), launch.stream>>>(arguments,
+                                                                                                  plan.walk);
+  return cudaGetLastError();
+}
+
+}  // namespace resnet_fused::cuda
