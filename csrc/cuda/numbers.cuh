@@ -53,19 +53,22 @@ struct Pack {
   __device__ __forceinline__ void load(const void* from, int64_t at) {
     const T* address = static_cast<const T*>(from) + at;
     if constexpr (kWords == 4) {
-      const uint4 word = *reinterpret_cast<const uint4*>(address);
+      const uint4 word = __ldg(reinterpret_cast<const uint4*>(address));
       words[0] = word.x, words[1] = word.y, words[2] = word.z, words[3] = word.w;
     } else {
-      const uint2 word = *reinterpret_cast<const uint2*>(address);
+      const uint2 word = __ldg(reinterpret_cast<const uint2*>(address));
       words[0] = word.x, words[1] = word.y;
     }
   }
   __device__ __forceinline__ void store(void* to, int64_t at) const {
-    T* address = static_cast<T*>(to) + at;
+    // A store of a vector's elements is not always put together again.
+    const size_t address = __cvta_generic_to_global(static_cast<T*>(to) + at);
     if constexpr (kWords == 4) {
-      *reinterpret_cast<uint4*>(address) = make_uint4(words[0], words[1], words[2], words[3]);
+      asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(words[0]), "r"(words[1]), "r"(words[2]),
+                   "r"(words[3])
+                   : "memory");
     } else {
-      *reinterpret_cast<uint2*>(address) = make_uint2(words[0], words[1]);
+      asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(address), "r"(words[0]), "r"(words[1]) : "memory");
     }
   }
   __device__ __forceinline__ Compute<T> operator[](int i) const {

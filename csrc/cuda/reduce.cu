@@ -15,6 +15,18 @@ using Kernel = void(ReduceArguments, SumsWalk);
 // The constants of a channel.
 enum { kMean, kScale, kBias, kMean2, kScale2, kConstants };
 
+// Sums of float values are compensated. Of 16-bit values the gradients have few digits, and so have their differences from an origin that
+// is a 16-bit value itself: products of the two and sums of a few are exact, or nearly so. The mean rounded to 16 bits is such an origin;
+// what it is off comes off the sum at the end.
+template <typename T>
+constexpr bool kCompensated = std::is_same_v<T, float>;
+
+template <typename T>
+__device__ __forceinline__ Compute<T> origin_of(Compute<T> mean) {
+  const Compute<T> origin = number(rounded<T>(mean));
+  return origin - origin == 0 ? origin : 0;
+}
+
 template <typename C>
 __device__ __forceinline__ void constants_of(const Gradient& g, int64_t channel, C* constants) {
   const Affine<C> first = affine_of<C>(g.first, channel);
@@ -27,10 +39,17 @@ __device__ __forceinline__ void constants_of(const Gradient& g, int64_t channel,
   constants[kScale2] = second.scale;
 }
 
-template <typename C>
+template <typename T>
 __device__ __forceinline__ void finish_channel(const ReduceArguments& a, int64_t channel, double grad, double xmu,
                                                double xmu2) {
+  using C = Compute<T>;
   const Gradient& g = a.gradient;
+  const auto from_origin_to_mean = [&](const Branch& branch) {
+    const C mean = value_of<C>(branch.mean, channel, C(0));
+    return (static_cast<double>(mean) - static_cast<double>(origin_of<T>(mean))) * grad;
+  };
+  if (a.read_input) xmu -= from_origin_to_mean(g.first);
+  if (a.read_input2) xmu2 -= from_origin_to_mean(g.second);
   if (a.sum_grad != nullptr) {
     static_cast<C*>(a.sum_grad)[channel] = static_cast<C>(grad);
     static_cast<C*>(a.sum_grad_xmu)[channel] = static_cast<C>(xmu);
@@ -58,10 +77,10 @@ __device__ __forceinline__ Values<C, V> all(C value) {
   return r;
 }
 
-// What U accesses add to the sums; `constants.get<k>()` gives V values. put(k, u, i, term) takes the terms.
-template <typename T, int V, int U, bool kTwo, typename Constants, typename Put>
+// Adds to the groups of terms what U accesses are worth; `constants.get<k>()` gives V values.
+template <typename T, int V, int U, bool kTwo, typename Constants, typename Terms>
 __device__ __forceinline__ void terms_of(const ReduceArguments& a, const Place (&p)[U], const Constants& constants,
-                                         const Put& put) {
+                                         Terms& groups) {
   using C = Compute<T>;
   const Gradient& g = a.gradient;
   Pack<T, V> grad[U], x[U], x2[kTwo ? U : 1];
@@ -97,17 +116,17 @@ __device__ __forceinline__ void terms_of(const ReduceArguments& a, const Place (
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       kept.v[i] = p[u].active && (bits[u] >> i & 1) ? grad[u][i] : C(0);
-      put(0, u, i, kept[i]);
+      groups.at(0, u, i).add(kept[i]);
       // Both factors, for zero times Inf is not zero.
-      const C difference = p[u].active && a.read_input ? x[u][i] - mean[i] : C(0);
-      put(1, u, i, kept[i] * difference);
+      const C difference = p[u].active && a.read_input ? x[u][i] - origin_of<T>(mean[i]) : C(0);
+      groups.at(1, u, i).add_product(kept[i], difference);
     }
     if constexpr (kTwo) {
       const auto mean2 = constants.template get<kMean2>();
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        const C difference = p[u].active && a.read_input2 ? x2[u][i] - mean2[i] : C(0);
-        put(2, u, i, kept[i] * difference);
+        const C difference = p[u].active && a.read_input2 ? x2[u][i] - origin_of<T>(mean2[i]) : C(0);
+        groups.at(2, u, i).add_product(kept[i], difference);
       }
     }
     if (!p[u].active) continue;
@@ -143,19 +162,18 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_reduce_planes_kernel(const
   using C = Compute<T>;
   constexpr int U = kUnroll<V>, K = kTwo ? 3 : 2;
   __shared__ C constants[kConstants];
-  sum_planes<T, K, V, U>(
+  sum_planes<T, K, V, U, kCompensated<T>>(
       w,
       [&](int64_t channel) {
         __syncthreads();
         if (threadIdx.x == 0) constants_of(a.gradient, channel, constants);
         __syncthreads();
       },
-      [&](const Place(&p)[U], C(&v)[K][U * V]) {
-        terms_of<T, V, U, kTwo>(a, p, BlockConstants<C, V>{constants},
-                                [&](int k, int u, int i, C term) { v[k][u * V + i] = term; });
+      [&](const Place(&p)[U], PlaneGroups<T, K, V, U, kCompensated<T>>& groups) {
+        terms_of<T, V, U, kTwo>(a, p, BlockConstants<C, V>{constants}, groups);
       },
       [&](int64_t channel, const double(&sums)[K]) {
-        finish_channel<C>(a, channel, sums[0], sums[1], kTwo ? sums[K - 1] : 0);
+        finish_channel<T>(a, channel, sums[0], sums[1], kTwo ? sums[K - 1] : 0);
       });
 }
 
@@ -164,7 +182,7 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_reduce_rows_kernel(const R
   using C = Compute<T>;
   constexpr int U = kUnroll<V>, K = kTwo ? 3 : 2;
   __shared__ __align__(16) C constants[kConstants][kTileChannels];
-  sum_rows<T, K, V, U>(
+  sum_rows<T, K, V, U, kCompensated<T>>(
       w,
       [&](int64_t first, int channels) {
         for (int i = threadIdx.x; i < channels; i += blockDim.x) {
@@ -175,12 +193,11 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_reduce_rows_kernel(const R
           for (int k = 0; k < kConstants; ++k) constants[k][place] = of_channel[k];
         }
       },
-      [&](const Place(&p)[U], int column, C(&v)[K][U][V]) {
-        terms_of<T, V, U, kTwo>(a, p, RowConstants<C, kConstants, V>{constants, column, w.tile_slots},
-                                [&](int k, int u, int i, C term) { v[k][u][i] = term; });
+      [&](const Place(&p)[U], int column, RowGroups<T, K, V, kCompensated<T>>& groups) {
+        terms_of<T, V, U, kTwo>(a, p, RowConstants<C, kConstants, V>{constants, column, w.tile_slots}, groups);
       },
       [&](int64_t channel, const double(&sums)[K]) {
-        finish_channel<C>(a, channel, sums[0], sums[1], kTwo ? sums[K - 1] : 0);
+        finish_channel<T>(a, channel, sums[0], sums[1], kTwo ? sums[K - 1] : 0);
       });
 }
 

@@ -67,9 +67,9 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_statistics_planes_kernel(c
   const SumsWalk w = of_branch(walk, kSums, walk.channels, 1);
   const T* input = static_cast<const T*>(blockIdx.y == 0 ? a.first.input : a.second.input);
   C shift = 0;
-  sum_planes<T, kSums, V, U>(
+  sum_planes<T, kSums, V, U, false>(
       w, [&](int64_t channel) { shift = shift_of(input, a.shape, channel); },
-      [&](const Place(&p)[U], C(&v)[kSums][U * V]) {
+      [&](const Place(&p)[U], PlaneGroups<T, kSums, V, U, false>& groups) {
         Pack<T, V> x[U];
 #pragma unroll
         for (int u = 0; u < U; ++u) {
@@ -80,8 +80,8 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_statistics_planes_kernel(c
 #pragma unroll
           for (int i = 0; i < V; ++i) {
             const C difference = p[u].active ? x[u][i] - shift : C(0);
-            v[0][u * V + i] = difference;
-            v[1][u * V + i] = difference * difference;
+            groups.at(0, u, i).add(difference);
+            groups.at(1, u, i).add_product(difference, difference);
           }
         }
       },
@@ -101,7 +101,7 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_statistics_rows_kernel(con
   const SumsWalk w = of_branch(walk, kSums, walk.tiles, walk.tile_slots * V);
   const T* input = static_cast<const T*>(blockIdx.y == 0 ? a.first.input : a.second.input);
   C shift[V];
-  sum_rows<T, kSums, V, U>(
+  sum_rows<T, kSums, V, U, false>(
       w,
       [&](int64_t first, int channels) {
         const int column = threadIdx.x % w.tile_slots;
@@ -110,7 +110,7 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_statistics_rows_kernel(con
           shift[i] = column * V + i < channels ? shift_of(input, a.shape, first + column * V + i) : C(0);
         }
       },
-      [&](const Place(&p)[U], int, C(&v)[kSums][U][V]) {
+      [&](const Place(&p)[U], int, RowGroups<T, kSums, V, false>& groups) {
         Pack<T, V> x[U];
 #pragma unroll
         for (int u = 0; u < U; ++u) {
@@ -121,8 +121,8 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_statistics_rows_kernel(con
 #pragma unroll
           for (int i = 0; i < V; ++i) {
             const C difference = p[u].active ? x[u][i] - shift[i] : C(0);
-            v[0][u][i] = difference;
-            v[1][u][i] = difference * difference;
+            groups.at(0, u, i).add(difference);
+            groups.at(1, u, i).add_product(difference, difference);
           }
         }
       },

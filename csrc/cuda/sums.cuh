@@ -1,8 +1,7 @@
 // How the passes that reduce go over a tensor, and how their sums are put together: always in the same order.
 //
-// A thread adds the values of a group in the arithmetic's type and the group to a double, so that the roundings stay those of a few
-// terms and a GPU with little double arithmetic keeps up with its memory. Threads and blocks are put together in double. Where several
-// blocks share a channel, each writes its sums to scratch memory and counts itself in; the last one to arrive adds them up.
+// A thread adds the terms of a group in the arithmetic's type and the group to a double, so that a GPU with little double arithmetic keeps
+// up with its memory. Threads and blocks are put together in double. Where several blocks share a channel, each writes its sums to scratch memory and counts itself in; the last one to arrive adds them up.
 #pragma once
 
 #include "cuda/device.h"
@@ -10,9 +9,46 @@
 
 namespace resnet_fused::cuda {
 
-// Of 16-bit values few digits are lost in a group; of float values half as many may be added.
+// The terms that are added up before double takes over.
 template <typename T>
 constexpr int kGroup = sizeof(T) == 2 ? 8 : 4;
+
+// The sum of a group. Compensated, it holds what the additions and products round off as well: a gradient's sum is often a small rest of
+// large terms, and then these roundings are what one would see of it.
+template <typename C, bool kCompensated>
+struct Group {
+  C sum = 0, rest = 0;
+
+  __device__ __forceinline__ void add(C term) {
+    if constexpr (kCompensated) {
+      // Knuth's two-sum: the rounding of an addition, exactly.
+      const C next = sum + term;
+      const C part = next - sum;
+      rest += (sum - (next - part)) + (term - part);
+      sum = next;
+    } else {
+      sum += term;
+    }
+  }
+  __device__ __forceinline__ void add_product(C a, C b) {
+    if constexpr (kCompensated) {
+      const C product = mul_rn(a, b);
+      rest += fma(a, b, -product);
+      add(product);
+    } else {
+      sum = fma(a, b, sum);
+    }
+  }
+  __device__ __forceinline__ double total() const {
+    const double wide = static_cast<double>(sum);
+    // Of an infinite sum the rest is not a number.
+    return kCompensated && sum - sum == C(0) ? wide + static_cast<double>(rest) : wide;
+  }
+
+ private:
+  static __device__ __forceinline__ float mul_rn(float a, float b) { return __fmul_rn(a, b); }
+  static __device__ __forceinline__ double mul_rn(double a, double b) { return __dmul_rn(a, b); }
+};
 
 struct SumsWalk {
   int64_t outer;    // planes: N; rows: the rows
@@ -39,14 +75,28 @@ struct Place {
   bool active;
 };
 
-template <typename C, int N>
-__device__ __forceinline__ C tree_sum(const C* v) {
-  if constexpr (N == 1) {
-    return v[0];
-  } else {
-    return tree_sum<C, N / 2>(v) + tree_sum<C, N / 2>(v + N / 2);
+// The groups of a thread: of planes a group is kSize of the terms of U accesses, of rows (kSize = 0) those of one channel.
+template <typename C, int K, int V, int kCount, int kSize, bool kCompensated>
+struct Groups {
+  Group<C, kCompensated> of[K][kCount];
+
+  // That of the k-th sum for value i of access u.
+  __device__ __forceinline__ Group<C, kCompensated>& at(int k, int u, int i) {
+    if constexpr (kSize == 0) {
+      return of[k][i];
+    } else {
+      return of[k][(u * V + i) / kSize];
+    }
   }
-}
+};
+
+template <typename T, int V, int U, bool kCompensated>
+constexpr int kPlaneGroups = U * V > kGroup<T> && !kCompensated ? U * V / kGroup<T> : 1;
+template <typename T, int K, int V, int U, bool kCompensated>
+using PlaneGroups = Groups<Compute<T>, K, V, kPlaneGroups<T, V, U, kCompensated>,
+                           U * V / kPlaneGroups<T, V, U, kCompensated>, kCompensated>;
+template <typename T, int K, int V, bool kCompensated>
+using RowGroups = Groups<Compute<T>, K, V, V, 0, kCompensated>;
 
 // The sums over a block, in its first thread.
 template <int K>
@@ -89,14 +139,14 @@ __device__ __forceinline__ bool is_last_block(unsigned* arrived, int64_t splits)
 }
 
 // Planes: a block owns the chunks s, s + splits, ... of one channel, so that all blocks go through the batch together and the L2 keeps its
-// end. begin(channel) is called by the block before; add(pack index, place) loads; see the kernels.
-//   values(places, v): fills v[K][U V] with the terms of U accesses, zeros where not active
+// end.
+//   begin(channel): the block prepares constants of the channel
+//   terms(places, groups): adds the terms of U accesses
 //   finish(channel, sums): the first thread of the last block
-template <typename T, int K, int V, int U, typename Begin, typename Terms, typename Finish>
+template <typename T, int K, int V, int U, bool kCompensated, typename Begin, typename Terms, typename Finish>
 __device__ __forceinline__ void sum_planes(const SumsWalk& w, const Begin& begin, const Terms& terms,
                                            const Finish& finish) {
-  using C = Compute<T>;
-  constexpr int kTerms = U * V, kSize = kTerms < kGroup<T> ? kTerms : kGroup<T>;
+  constexpr int kGroups = kPlaneGroups<T, V, U, kCompensated>;
   for (int64_t item = blockIdx.x; item < w.items; item += gridDim.x) {
     const int64_t channel = item % w.channels, split = item / w.channels;
     begin(channel);
@@ -121,12 +171,12 @@ __device__ __forceinline__ void sum_planes(const SumsWalk& w, const Begin& begin
           ++n;
         }
       }
-      C v[K][kTerms];
-      terms(p, v);
+      PlaneGroups<T, K, V, U, kCompensated> groups;
+      terms(p, groups);
 #pragma unroll
       for (int k = 0; k < K; ++k) {
 #pragma unroll
-        for (int i = 0; i < kTerms; i += kSize) sums[k] += static_cast<double>(tree_sum<C, kSize>(&v[k][i]));
+        for (int i = 0; i < kGroups; ++i) sums[k] += groups.of[k][i].total();
       }
       outer += w.chunk_outer;
       slot += w.chunk_slots;
@@ -192,12 +242,11 @@ __device__ __forceinline__ void sum_over_rows(const ThreadSums<K, V>& sums, int 
 // Rows: a block owns a tile of channels and of its rows the chunks s, s + splits, ...; a thread V channels, of which it adds a group of
 // rows at a time.
 //   begin(first channel, count): the block prepares constants of the tile
-//   terms(places, column, v): fills v[K][U][V] for U rows
+//   terms(places, column, groups): adds the terms of U rows
 //   finish(channel, sums): of the last block, one thread a channel
-template <typename T, int K, int V, int U, typename Begin, typename Terms, typename Finish>
+template <typename T, int K, int V, int U, bool kCompensated, typename Begin, typename Terms, typename Finish>
 __device__ __forceinline__ void sum_rows(const SumsWalk& w, const Begin& begin, const Terms& terms,
                                          const Finish& finish) {
-  using C = Compute<T>;
   constexpr int kRows = kGroup<T>;
   static_assert(kRows % U == 0);
   const ThreadSums<K, V> sums;
@@ -214,7 +263,7 @@ __device__ __forceinline__ void sum_rows(const SumsWalk& w, const Begin& begin, 
     __syncthreads();
     const bool has_values = works && slot < w.slots;
     for (int64_t chunk = split; chunk < w.chunks; chunk += w.splits) {
-      C group[K][V] = {};
+      RowGroups<T, K, V, kCompensated> groups;
 #pragma unroll
       for (int g = 0; g < kRows; g += U) {
         Place p[U];
@@ -226,21 +275,12 @@ __device__ __forceinline__ void sum_rows(const SumsWalk& w, const Begin& begin, 
           p[u].byte = r * w.mask_bytes + slot * V / 8;
           p[u].bit = static_cast<int>(slot * V % 8);
         }
-        C v[K][U][V];
-        terms(p, column, v);
-#pragma unroll
-        for (int k = 0; k < K; ++k) {
-#pragma unroll
-          for (int i = 0; i < V; ++i) {
-#pragma unroll
-            for (int u = 0; u < U; ++u) group[k][i] += v[k][u][i];
-          }
-        }
+        terms(p, column, groups);
       }
 #pragma unroll
       for (int k = 0; k < K; ++k) {
 #pragma unroll
-        for (int i = 0; i < V; ++i) sums.at(k, i) += static_cast<double>(group[k][i]);
+        for (int i = 0; i < V; ++i) sums.at(k, i) += groups.of[k][i].total();
       }
     }
     sum_over_rows(sums, row, w.tile_rows, w.tile_slots);
