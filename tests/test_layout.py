@@ -174,8 +174,12 @@ def test_shapes_whose_memory_format_is_ambiguous(layout, shape, device):
 
 
 @pytest.mark.parametrize("offset", range(1, 9))
-def test_input_at_any_address(offset, device):
-    """Vector loads must not ask for alignment that a slice of a storage does not have."""
+def test_input_at_any_address(offset, device, backend_name):
+    """Vector loads must not ask for alignment that a slice of a storage does not have.
+
+    The CPU library gives the same bits then. On a GPU what is not aligned is read by threads of one value each, which
+    add up in another order: each keeps the rule.
+    """
     for layout in ("contiguous", "channels_last"):
         case = oracle.make_case((2, 16, 4, 4), torch.float32, device, layout=layout)
         aligned = oracle.fused(case)
@@ -186,5 +190,8 @@ def test_input_at_any_address(offset, device):
             return view.copy_(tensor)
 
         case = oracle.like(case, shifted)
+        if backend_name != "compiled":
+            oracle.check(case)
+            continue
         for name, value in oracle.fused(case).items():
             assert torch.equal(value, aligned[name]), name
