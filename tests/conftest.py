@@ -1,5 +1,6 @@
 """What every test runs with: a backend, its device, a seed, and garbage in memory that nobody has written."""
 
+import contextlib
 import ctypes
 import os
 import pathlib
@@ -96,8 +97,23 @@ def _unwritten_memory_is_garbage():
     whose fill torch.empty obeys, does not reach the kernels: aoti_torch_empty_strided of the C shim passes it by.
     Where the C library is not glibc, memory stays as it is.
     """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    libc = ctypes.CDLL(None)
-    libc.mallopt(_M_PERTURB, 0x80)  # the complement of what is written
-    libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # fresh pages of the system are zero, and would not be filled
+    _mallopt(_M_PERTURB, 0x80)  # the complement of what is written
+    _mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # fresh pages of the system are zero, and would not be filled
+
+
+def _mallopt(option: int, value: int) -> None:
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(option, value)
+
+
+@pytest.fixture
+def memory_as_it_comes():
+    """A context in which malloc fills nothing, for tensors whose memory is not meant to be touched."""
+
+    @contextlib.contextmanager
+    def context():
+        _mallopt(_M_PERTURB, 0)
+        yield
+        _mallopt(_M_PERTURB, 0x80)
+
+    return context

@@ -195,3 +195,29 @@ def test_input_at_any_address(offset, device, backend_name):
             continue
         for name, value in oracle.fused(case).items():
             assert torch.equal(value, aligned[name]), name
+
+
+def test_offsets_beyond_two_to_the_31_elements(device, memory_as_it_comes):
+    """Vectors whose second value lies more than 2^31 elements behind the first."""
+    distance = 2**31 + 3
+    try:
+        with memory_as_it_comes():
+            storage = torch.empty(distance + 1, dtype=torch.bfloat16, device=device)
+    except RuntimeError:
+        pytest.skip("needs 4 GiB of address space")
+
+    def far(vector):
+        return storage.as_strided((2,), (distance,)).copy_(vector)
+
+    for training in (True, False):
+        for layout in ("contiguous", "channels_last"):
+            case = oracle.make_case(
+                (4, 2, 5, 3), torch.bfloat16, device, "bn_add_relu", training, layout, parameters=torch.bfloat16
+            )
+            expected = oracle.fused(case)
+            (branch,) = case.branches
+            for name in ("weight", "bias"):
+                changed = dataclasses.replace(branch, **{name: far(getattr(branch, name))})
+                results = oracle.fused(dataclasses.replace(case, branches=[changed]))
+                for key, value in results.items():
+                    assert torch.equal(value, expected[key]), (name, key)
