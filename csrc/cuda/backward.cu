@@ -18,11 +18,14 @@ __device__ __forceinline__ TableEntry<C> slopes_of(const BackwardArguments& a, i
   if (a.constant_statistics) return {};
   if (a.table != nullptr) return static_cast<const TableEntry<C>*>(a.table)[channel];
   const double xmu = value_of<C>(a.mean_grad_xmu, channel, C(0));
-  return {{value_of<C>(a.mean_grad, channel, C(0)), slope_of(xmu, invstd_of<C>(a.gradient.first, channel)), C(0), C(0)}};
+  return {
+      {value_of<C>(a.mean_grad, channel, C(0)), slope_of(xmu, invstd_of<C>(a.gradient.first, channel)), C(0), C(0)}};
 }
 
 template <int V, int kBytes>
-constexpr int kUnroll = V == 1 ? 4 : kBytes == 8 ? 4 : 2;
+constexpr int kUnroll = V == 1        ? 4
+                        : kBytes == 8 ? 4
+                                      : 2;
 
 template <typename T, int V, bool kRows, bool kTwo>
 __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_backward_kernel(const BackwardArguments a, const Walk w) {
@@ -88,8 +91,8 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_backward_kernel(const Back
 #pragma unroll
       for (int i = 0; i < V; ++i) kept.v[i] = bits >> i & 1 ? grad[u][i] : C(0);
       if (g.grad_residual != nullptr) Pack<T, V>::of(kept).store(g.grad_residual, p.at[u]);
-      const auto put = [&](void* to, const Values<C, V>& distance, const Values<C, V>& slope, const Values<C, V>& mean_grad,
-                           const Values<C, V>& of_scale) {
+      const auto put = [&](void* to, const Values<C, V>& distance, const Values<C, V>& slope,
+                           const Values<C, V>& mean_grad, const Values<C, V>& of_scale) {
         if (to == nullptr) return;
         Values<C, V> r;
 #pragma unroll

@@ -17,7 +17,9 @@ using Kernel = void(ForwardArguments, Walk);
 enum { kMean, kScale, kBias, kMean2, kScale2 };
 
 template <int V, int kBytes>
-constexpr int kUnroll = V == 1 ? 4 : kBytes == 8 ? 4 : 2;
+constexpr int kUnroll = V == 1        ? 4
+                        : kBytes == 8 ? 4
+                                      : 2;
 
 template <typename T, int V, bool kRows, Second S>
 __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_forward_kernel(const ForwardArguments a, const Walk w) {
@@ -114,11 +116,9 @@ Choice choose(int bytes, bool rows, Second second) {
 cudaError_t launch_forward(Dtype dtype, const ForwardArguments& arguments, const Launch& launch) {
   const Shape& shape = arguments.shape;
   if (shape.numel() == 0) return cudaSuccess;
-  const Second second = arguments.two        ? Second::kNormalized
-                        : arguments.residual ? Second::kTensor
-                                             : Second::kNone;
-  const int bytes = access_bytes(shape.inner() * size_of(dtype), {arguments.first.input, arguments.second.input,
-                                                                  arguments.residual, arguments.output});
+  const Second second = arguments.two ? Second::kNormalized : arguments.residual ? Second::kTensor : Second::kNone;
+  const int bytes = access_bytes(shape.inner() * size_of(dtype),
+                                 {arguments.first.input, arguments.second.input, arguments.residual, arguments.output});
   const Choice choice = dispatch(dtype, [&]<typename T>() { return choose<T>(bytes, shape.rows, second); });
   const WalkPlan plan = plan_walk(shape, choice.v, choice.unroll, address_of(choice.kernel));
   choice.kernel<<<plan.grid, plan.block, 0, launch.stream>>>(arguments, plan.walk);

@@ -13,8 +13,8 @@ using Kernel = void(StatisticsArguments, SumsWalk);
 
 template <typename T>
 __device__ __forceinline__ Compute<T> shift_of(const T* input, const Shape& shape, int64_t channel) {
+  if (shape.count() == 0) return 0;
   const int64_t count = shape.rows ? shape.count() : shape.positions;
-  if (count == 0) return 0;
   const int64_t step = shape.rows ? shape.channels : 1;
   const T* from = input + (shape.rows ? channel : channel * shape.positions);
   Compute<T> v[5];
@@ -56,6 +56,10 @@ __device__ __forceinline__ SumsWalk of_branch(SumsWalk w, int sums, int64_t grou
 
 constexpr int kSums = 2;
 
+// A float that is far off the others, as an outlier is, would take their digits from a group.
+template <typename T>
+constexpr bool kCompensated = std::is_same_v<T, float>;
+
 template <int V>
 constexpr int kUnroll = V == 1 ? 8 : 4;
 
@@ -67,9 +71,9 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_statistics_planes_kernel(c
   const SumsWalk w = of_branch(walk, kSums, walk.channels, 1);
   const T* input = static_cast<const T*>(blockIdx.y == 0 ? a.first.input : a.second.input);
   C shift = 0;
-  sum_planes<T, kSums, V, U, false>(
+  sum_planes<T, kSums, V, U, kCompensated<T>>(
       w, [&](int64_t channel) { shift = shift_of(input, a.shape, channel); },
-      [&](const Place(&p)[U], PlaneGroups<T, kSums, V, U, false>& groups) {
+      [&](const Place(&p)[U], PlaneGroups<T, kSums, V, U, kCompensated<T>>& groups) {
         Pack<T, V> x[U];
 #pragma unroll
         for (int u = 0; u < U; ++u) {
@@ -81,17 +85,19 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_statistics_planes_kernel(c
           for (int i = 0; i < V; ++i) {
             const C difference = p[u].active ? x[u][i] - shift : C(0);
             groups.at(0, u, i).add(difference);
-            groups.at(1, u, i).add_product(difference, difference);
+            groups.at(1, u, i).add_square(difference);
           }
         }
       },
-      [&](int64_t channel, const double(&sums)[kSums]) {
+      [&](int64_t channel, const double (&sums)[kSums]) {
         finish_channel(blockIdx.y == 0 ? a.first : a.second, a.shape, channel, shift, sums[0], sums[1]);
       });
 }
 
 template <int V, int kBytes>
-constexpr int kRowUnroll = kBytes == 16 && V == 8 ? 4 : V == 1 && kBytes == 2 ? 8 : 4;
+constexpr int kRowUnroll = kBytes == 16 && V == 8  ? 4
+                           : V == 1 && kBytes == 2 ? 8
+                                                   : 4;
 
 template <typename T, int V>
 __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_statistics_rows_kernel(const StatisticsArguments a,
@@ -101,7 +107,7 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_statistics_rows_kernel(con
   const SumsWalk w = of_branch(walk, kSums, walk.tiles, walk.tile_slots * V);
   const T* input = static_cast<const T*>(blockIdx.y == 0 ? a.first.input : a.second.input);
   C shift[V];
-  sum_rows<T, kSums, V, U, false>(
+  sum_rows<T, kSums, V, U, kCompensated<T>>(
       w,
       [&](int64_t first, int channels) {
         const int column = threadIdx.x % w.tile_slots;
@@ -110,7 +116,7 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_statistics_rows_kernel(con
           shift[i] = column * V + i < channels ? shift_of(input, a.shape, first + column * V + i) : C(0);
         }
       },
-      [&](const Place(&p)[U], int, RowGroups<T, kSums, V, false>& groups) {
+      [&](const Place(&p)[U], int, RowGroups<T, kSums, V, kCompensated<T>>& groups) {
         Pack<T, V> x[U];
 #pragma unroll
         for (int u = 0; u < U; ++u) {
@@ -122,11 +128,11 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_statistics_rows_kernel(con
           for (int i = 0; i < V; ++i) {
             const C difference = p[u].active ? x[u][i] - shift[i] : C(0);
             groups.at(0, u, i).add(difference);
-            groups.at(1, u, i).add_product(difference, difference);
+            groups.at(1, u, i).add_square(difference);
           }
         }
       },
-      [&](int64_t channel, const double(&sums)[kSums]) {
+      [&](int64_t channel, const double (&sums)[kSums]) {
         finish_channel(blockIdx.y == 0 ? a.first : a.second, a.shape, channel, shift_of(input, a.shape, channel),
                        sums[0], sums[1]);
       });
@@ -154,12 +160,11 @@ Choice choose(int bytes, bool rows) {
 cudaError_t launch_statistics(Dtype dtype, const StatisticsArguments& arguments, const Launch& launch) {
   const Shape& shape = arguments.shape;
   if (shape.channels == 0) return cudaSuccess;
-  const int bytes =
-      access_bytes(shape.inner() * size_of(dtype), {arguments.first.input, arguments.second.input});
+  const int bytes = access_bytes(shape.inner() * size_of(dtype), {arguments.first.input, arguments.second.input});
   const Choice choice = dispatch(dtype, [&]<typename T>() { return choose<T>(bytes, shape.rows); });
   const int group = size_of(dtype) == 2 ? 8 : 4;
-  SumsPlan plan = plan_sums(shape, kSums, choice.v, choice.unroll, group, address_of(choice.kernel),
-                            arguments.branches);
+  SumsPlan plan =
+      plan_sums(shape, kSums, choice.v, choice.unroll, group, address_of(choice.kernel), arguments.branches);
   cudaError_t error = allocate_scratch(plan, arguments.branches, launch);
   if (error != cudaSuccess) return error;
   const dim3 grid(plan.grid, static_cast<unsigned>(arguments.branches));

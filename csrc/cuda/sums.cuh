@@ -39,6 +39,8 @@ struct Group {
       sum = fma(a, b, sum);
     }
   }
+  // Of a square nothing cancels that would bring the rounding to light.
+  __device__ __forceinline__ void add_square(C a) { sum = fma(a, a, sum); }
   __device__ __forceinline__ double total() const {
     const double wide = static_cast<double>(sum);
     // Of an infinite sum the rest is not a number.
@@ -51,15 +53,15 @@ struct Group {
 };
 
 struct SumsWalk {
-  int64_t outer;    // planes: N; rows: the rows
-  int64_t slots;    // accesses of a plane or of a row
-  int64_t inner;    // values of a plane or of a row
+  int64_t outer;  // planes: N; rows: the rows
+  int64_t slots;  // accesses of a plane or of a row
+  int64_t inner;  // values of a plane or of a row
   int64_t channels;
   int64_t mask_bytes;
   int64_t chunks;
-  int64_t splits;   // blocks that share a channel or a tile of channels
-  int64_t items;    // channels or tiles, times splits
-  int64_t tiles;    // rows
+  int64_t splits;                      // blocks that share a channel or a tile of channels
+  int64_t items;                       // channels or tiles, times splits
+  int64_t tiles;                       // rows
   int64_t thread_outer, thread_slots;  // planes: from a thread's place in a chunk to its next
   int64_t chunk_outer, chunk_slots;    // and from its chunk to its next
   int32_t tile_slots, tile_rows;       // rows
@@ -215,6 +217,7 @@ struct ThreadSums {
   __device__ __forceinline__ double& at(int k, int i, int thread = 0) const {
     return own[(k * V + i) * kThreads + thread];
   }
+  __device__ __forceinline__ const double* of_thread(int thread) const { return own - threadIdx.x + thread; }
   __device__ __forceinline__ void clear() const {
 #pragma unroll
     for (int j = 0; j < K * V; ++j) own[j * kThreads] = 0;
@@ -252,71 +255,66 @@ __device__ __forceinline__ void sum_rows(const SumsWalk& w, const Begin& begin, 
   const ThreadSums<K, V> sums;
   const int row = threadIdx.x / w.tile_slots, column = threadIdx.x - row * w.tile_slots;
   const bool works = row < w.tile_rows;
-  for (int64_t item = blockIdx.x; item < w.items; item += gridDim.x) {
-    const int64_t tile = item % w.tiles, split = item / w.tiles;
-    const int64_t slot = tile * w.tile_slots + column;
-    const int64_t first_channel = tile * w.tile_slots * V;
-    const int64_t left = w.channels - first_channel, width = w.tile_slots * V;
-    const int channels = static_cast<int>(left < width ? left : width);
-    begin(first_channel, channels);
-    sums.clear();
-    __syncthreads();
-    const bool has_values = works && slot < w.slots;
-    for (int64_t chunk = split; chunk < w.chunks; chunk += w.splits) {
-      RowGroups<T, K, V, kCompensated> groups;
+  const int split = static_cast<int>(blockIdx.x / w.tiles), tile = static_cast<int>(blockIdx.x - split * w.tiles);
+  const int64_t slot = int64_t{tile} * w.tile_slots + column;
+  const int64_t first_channel = int64_t{tile} * w.tile_slots * V;
+  const int width = w.tile_slots * V;
+  const int64_t left = w.channels - first_channel;
+  const int channels = static_cast<int>(left < width ? left : width);
+  begin(first_channel, channels);
+  sums.clear();
+  __syncthreads();
+  const bool has_values = works && slot < w.slots;
+  for (int64_t chunk = split; chunk < w.chunks; chunk += w.splits) {
+    RowGroups<T, K, V, kCompensated> groups;
+#pragma unroll(K == 3 ? 1 : 2)
+    for (int g = 0; g < kRows; g += U) {
+      Place p[U];
 #pragma unroll
-      for (int g = 0; g < kRows; g += U) {
-        Place p[U];
-#pragma unroll
-        for (int u = 0; u < U; ++u) {
-          const int64_t r = (chunk * kRows + g + u) * w.tile_rows + row;
-          p[u].active = has_values && r < w.outer;
-          p[u].at = r * w.inner + slot * V;
-          p[u].byte = r * w.mask_bytes + slot * V / 8;
-          p[u].bit = static_cast<int>(slot * V % 8);
-        }
-        terms(p, column, groups);
+      for (int u = 0; u < U; ++u) {
+        const int64_t r = (chunk * kRows + g + u) * w.tile_rows + row;
+        p[u].active = has_values && r < w.outer;
+        p[u].at = r * w.inner + slot * V;
+        p[u].byte = r * w.mask_bytes + slot * V / 8;
+        p[u].bit = static_cast<int>(slot * V % 8);
       }
+      terms(p, column, groups);
+    }
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) sums.at(k, i) += groups.of[k][i].total();
+    }
+  }
+  sum_over_rows(sums, row, w.tile_rows, w.tile_slots);
+  if (w.splits > 1) {
+    double* partial = w.partials + int64_t{tile} * w.splits * K * width;
+    if (row == 0) {
 #pragma unroll
       for (int k = 0; k < K; ++k) {
 #pragma unroll
-        for (int i = 0; i < V; ++i) sums.at(k, i) += groups.of[k][i].total();
+        for (int i = 0; i < V; ++i) partial[(int64_t{split} * K + k) * width + column * V + i] = sums.at(k, i);
       }
     }
-    sum_over_rows(sums, row, w.tile_rows, w.tile_slots);
-    if (w.splits > 1) {
-      double* partial = w.partials + tile * w.splits * K * width;
-      if (row == 0) {
+    if (!is_last_block(w.arrived + tile, w.splits)) return;
+    sums.clear();
+    if (works) {
+#pragma unroll 1
+      for (int64_t s = row; s < w.splits; s += w.tile_rows) {
 #pragma unroll
         for (int k = 0; k < K; ++k) {
 #pragma unroll
-          for (int i = 0; i < V; ++i) partial[(split * K + k) * width + column * V + i] = sums.at(k, i);
+          for (int i = 0; i < V; ++i) sums.at(k, i) += partial[(s * K + k) * width + column * V + i];
         }
       }
-      if (!is_last_block(w.arrived + tile, w.splits)) continue;
-      sums.clear();
-      if (works) {
-        for (int64_t s = row; s < w.splits; s += w.tile_rows) {
-#pragma unroll
-          for (int k = 0; k < K; ++k) {
-#pragma unroll
-            for (int i = 0; i < V; ++i) sums.at(k, i) += partial[(s * K + k) * width + column * V + i];
-          }
-        }
-      }
-      sum_over_rows(sums, row, w.tile_rows, w.tile_slots);
     }
-    if (row == 0) {
+    sum_over_rows(sums, row, w.tile_rows, w.tile_slots);
+  }
+  for (int i = threadIdx.x; i < channels; i += blockDim.x) {
+    double of_channel[K];
 #pragma unroll
-      for (int i = 0; i < V; ++i) {
-        const int64_t channel = slot * V + i;
-        double of_channel[K];
-#pragma unroll
-        for (int k = 0; k < K; ++k) of_channel[k] = sums.at(k, i);
-        if (channel < w.channels) finish(channel, of_channel);
-      }
-    }
-    __syncthreads();  // sums and constants are free again
+    for (int k = 0; k < K; ++k) of_channel[k] = sums.of_thread(i / V)[(k * V + i % V) * kThreads];
+    finish(first_channel + i, of_channel);
   }
 }
 
