@@ -115,7 +115,7 @@ emulated: $(BUILT)
 
 # One thread a process, two processes: launches of the tests are too small to share. The last runs are samples, for time.
 test-emulated: $(BUILT)
-	$(if $(HAVE_EMULATOR),$(MAKE) --no-print-directory emulated)
+	$(if $(HAVE_EMULATOR),$(BIN)/python tools/cuda_build.py --emulated $(EMULATED))
 	$(EMULATE) $(BIN)/python -m pytest -n 2 --backend emulated $(EMULATED_TESTS) $(ARGS)
 	$(if $(HAVE_EMULATOR),for order in $(ORDERS); do CUDA_ON_CPU_SEED=$$order \
 	  $(EMULATE) $(BIN)/python -m pytest -n 2 -q -r f --backend emulated --sample $$order/5 $(ORDERED_TESTS) $(ARGS); done)
