@@ -61,7 +61,8 @@ def test_operators_move_what_they_promise(on_chip, dtype, layout):
     assert {(line["operator"], line["direction"]) for line in lines} == set(traffic.PASSES)
     for line in lines:
         assert line["launches"] <= 2
-        assert line["wide"] > 0.85, line
+        # All but the mask and the vectors of one value a channel.
+        assert line["wide_stores"] > 0.9, line
         if line["operator"] == "bn_add_relu" and line["direction"] != "eval":
             assert line["on_chip"] == (on_chip == "1"), line
 

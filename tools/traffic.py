@@ -5,7 +5,7 @@
 E is one pass over the tensor: the different bytes that each launch reads and writes, added up over the launches and
 divided by the bytes of the tensor. That is what memory has to deliver where nothing survives in a cache from one launch
 to the next. ``full_sectors`` is the share of the moved bytes' 32-byte sectors that was asked for, ``wide`` the share
-of bytes in 16-byte accesses. ``formula`` is what the passes of the kernels add up to, and ``vectors`` what vectors of
+of bytes in 16-byte accesses, ``wide_stores`` that of stored bytes. ``formula`` is what the passes of the kernels add up to, and ``vectors`` what vectors of
 one value a channel may add. The counts are those of a copy of the library that ptx_parameters.py made.
 """
 
@@ -31,7 +31,7 @@ SHAPES = (
     (4, 1024, 14, 14),
     (4, 2048, 7, 7),
 )
-QUICK_SHAPES = ((4, 64, 56, 56), (4, 1024, 14, 14))
+QUICK_SHAPES = ((4, 64, 56, 56), (2, 512, 28, 28))
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 FORMS = ("bn_relu", "bn_add_relu", "dual_relu")
@@ -72,7 +72,15 @@ class Traffic:
     vectors: float
     full_sectors: float
     wide: float
+    wide_stores: float
     kernels: tuple[str, ...]
+
+    @property
+    def vectorizable(self) -> bool:
+        """Whether 16 bytes divide a row or a plane."""
+        _, channels, *positions = self.shape
+        inner = torch.Size(positions).numel() if self.layout == "NCHW" else channels
+        return inner * DTYPES[self.dtype].itemsize % 16 == 0
 
     def faults(self) -> list[str]:
         """How it differs from what the kernels promise, in sentences."""
@@ -82,7 +90,7 @@ class Traffic:
             found.append(f"moves {self.passes:.4f} E, more than {most:.4f} E")
         if self.formula > self.passes:
             found.append(f"moves {self.passes:.4f} E, less than its passes over the tensor: {self.formula:.4f} E")
-        if self.full_sectors < 0.95:
+        if self.full_sectors < 0.95 and self.vectorizable:
             found.append(f"only {self.full_sectors:.1%} of its sectors' bytes are asked for")
         if not 1 <= self.launches <= 2:
             found.append(f"takes {self.launches} launches")
@@ -182,16 +190,19 @@ def count(form: str, direction: str, shape, dtype: torch.dtype, layout: str) -> 
         round(branches * VECTORS * 4 * shape[1] / size, 4),
         round(min([1.0, *(size / (32 * sectors) for size, sectors in (reads, writes) if sectors)]), 4),
         round(wide / asked if asked else 0.0, 4),
+        round(sum(launch.write16_bytes for launch in launches) / max(1, writes[0]), 4),
         tuple(launch.name for launch in launches),
     )
 
 
-def everything(shapes=SHAPES, dtypes=tuple(DTYPES), layouts=tuple(LAYOUTS)) -> Iterator[Traffic]:
-    """Every operator and direction."""
+def everything(shapes, dtypes, layouts, operator: str | None = None) -> Iterator[Traffic]:
+    """Every operator and direction, or those of one operator."""
     for shape in shapes:
         for dtype in dtypes:
             for layout in layouts:
                 for form, direction in PASSES:
+                    if operator not in (None, form):
+                        continue
                     yield count(form, direction, shape, DTYPES[dtype], layout)
 
 
@@ -210,6 +221,8 @@ def main() -> int:
     """Returns 1 where a count is not at its formula, 2 where nothing can be counted."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="two shapes only")
+    parser.add_argument("--shape", type=lambda text: tuple(map(int, text.split(","))), help="one shape only: N,C,H,W")
+    parser.add_argument("--operator", choices=sorted({form for form, _ in PASSES}), help="one operator only")
     parser.add_argument("--on-chip", choices=("0", "1", "auto"), help="RESNET_FUSED_ON_CHIP for this run")
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES))
     parser.add_argument("--layout", choices=LAYOUTS, nargs="+", default=list(LAYOUTS))
@@ -226,7 +239,8 @@ def main() -> int:
     import resnet_fused  # noqa: F401  (loads the operators)
 
     status = 0
-    for traffic in everything(QUICK_SHAPES if options.quick else SHAPES, options.dtype, options.layout):
+    shapes = (options.shape,) if options.shape else QUICK_SHAPES if options.quick else SHAPES
+    for traffic in everything(shapes, options.dtype, options.layout, options.operator):
         print(traffic, flush=True)
         for fault in traffic.faults():
             print(f"  {traffic.operator} {traffic.direction} {traffic.shape} {fault}", file=sys.stderr)
