@@ -3,8 +3,8 @@
     python tools/traffic_of_inductor.py SOURCE
 
 SOURCE is Inductor's output code of forward and backward, each behind a line ``# forward`` or ``# backward``. Its Triton
-kernels are compiled for a GPU that is not there, and run in the order and with the buffers of that code. One JSON object
-a line, as of `make traffic`; needs triton, and the emulator on the PYTHONPATH.
+kernels are compiled for a GPU that is not there, and run in the order and with the buffers of that code. One JSON
+object a line, as of `make traffic`; needs triton, and the emulator on the PYTHONPATH.
 """
 
 import argparse
