@@ -4,7 +4,7 @@
 
 E is one pass over the tensor: the different bytes that each launch reads and writes, added up over the launches and
 divided by the bytes of the tensor. That is what memory has to deliver where nothing survives in a cache from one launch
-to the next. ``formula`` is what the passes of the kernels add up to, and ``vectors`` what vectors of one value a channel
+to the next. ``formula`` is what the kernels' passes add up to, and ``vectors`` what vectors of one value a channel
 may add. ``full_sectors`` is the share of the moved bytes' 32-byte sectors that was asked for, ``wide`` the share of
 bytes in 16-byte accesses, ``wide_stores`` that of stored bytes. The counts are those of a copy of the library that
 ptx_parameters.py made.
