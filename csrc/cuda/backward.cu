@@ -22,15 +22,17 @@ __device__ __forceinline__ TableEntry<C> slopes_of(const BackwardArguments& a, i
       {value_of<C>(a.mean_grad, channel, C(0)), slope_of(xmu, invstd_of<C>(a.gradient.first, channel)), C(0), C(0)}};
 }
 
-template <int V, int kBytes>
-constexpr int kUnroll = V == 1        ? 4
-                        : kBytes == 8 ? 4
-                                      : 2;
+// Accesses that a thread has under way at once, as far as registers go.
+template <typename T, int V, bool kRows, bool kTwo>
+constexpr int unroll() {
+  if (V == 1) return kTwo || sizeof(T) == 8 ? 2 : 4;
+  return kTwo || (kRows && V == 8) ? 1 : 2;
+}
 
 template <typename T, int V, bool kRows, bool kTwo>
 __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_backward_kernel(const BackwardArguments a, const Walk w) {
   using C = Compute<T>;
-  constexpr int K = kTwo ? 7 : 5, U = kUnroll<V, V * sizeof(T)>;
+  constexpr int K = kTwo ? 7 : 5, U = unroll<T, V, kRows, kTwo>();
   const Gradient& g = a.gradient;
   const auto fill = [&](int64_t channel, C* constants) {
     const Affine<C> first = affine_of<C>(g.first, channel);
@@ -121,9 +123,8 @@ struct Choice {
 
 template <typename T, int V, bool kRows>
 Choice choose(bool two) {
-  constexpr int U = kUnroll<V, V * sizeof(T)>;
-  if (two) return {batch_norm_backward_kernel<T, V, kRows, true>, V, U};
-  return {batch_norm_backward_kernel<T, V, kRows, false>, V, U};
+  if (two) return {batch_norm_backward_kernel<T, V, kRows, true>, V, unroll<T, V, kRows, true>()};
+  return {batch_norm_backward_kernel<T, V, kRows, false>, V, unroll<T, V, kRows, false>()};
 }
 
 template <typename T>

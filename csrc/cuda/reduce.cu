@@ -32,8 +32,8 @@ __device__ __forceinline__ void constants_of(const Gradient& g, int64_t channel,
   using C = Compute<T>;
   constants[kOrigin] = origin_of<T>(value_of<C>(g.first.mean, channel, C(0)));
   constants[kOrigin2] = g.two ? origin_of<T>(value_of<C>(g.second.mean, channel, C(0))) : C(0);
-  if (g.keep != KeepFrom::kInput) return;
-  const Affine<C> affine = affine_of<C>(g.first, channel);
+  // Without need of it zeros, for a compiler may read ahead of the condition that uses it.
+  const Affine<C> affine = g.keep == KeepFrom::kInput ? affine_of<C>(g.first, channel) : Affine<C>{};
   constants[kMean] = affine.mean;
   constants[kScale] = affine.scale;
   constants[kBias] = affine.bias;
@@ -140,15 +140,17 @@ struct BlockConstants {
   }
 };
 
+// Accesses that a thread has under way at once, as far as registers go.
 template <typename T, int V, bool kTwo>
-constexpr int kUnroll = V > 1                    ? 1
-                        : kTwo && sizeof(T) == 8 ? 2
-                                                 : 4;
+constexpr int unroll() {
+  if (V > 1) return 1;
+  return kTwo || sizeof(T) == 8 ? 2 : 4;
+}
 
 template <typename T, int V, bool kTwo>
 __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_reduce_planes_kernel(const ReduceArguments a, const SumsWalk w) {
   using C = Compute<T>;
-  constexpr int U = kUnroll<T, V, kTwo>, K = kTwo ? 3 : 2;
+  constexpr int U = unroll<T, V, kTwo>(), K = kTwo ? 3 : 2;
   __shared__ C constants[kConstants];
   sum_planes<T, K, V, U, kCompensated<T>>(
       w,
@@ -168,7 +170,7 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_reduce_planes_kernel(const
 template <typename T, int V, bool kTwo>
 __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_reduce_rows_kernel(const ReduceArguments a, const SumsWalk w) {
   using C = Compute<T>;
-  constexpr int U = kUnroll<T, V, kTwo>, K = kTwo ? 3 : 2;
+  constexpr int U = unroll<T, V, kTwo>(), K = kTwo ? 3 : 2;
   __shared__ __align__(16) C constants[kConstants][kTileChannels];
   sum_rows<T, K, V, U, kCompensated<T>>(
       w,
@@ -197,13 +199,13 @@ struct Choice {
 template <typename T, bool kTwo>
 Choice choose(int bytes, bool rows) {
   constexpr int V = 16 / sizeof(T);
-  if (rows && bytes == 16) return {batch_norm_reduce_rows_kernel<T, V, kTwo>, V, kUnroll<T, V, kTwo>};
-  if (rows) return {batch_norm_reduce_rows_kernel<T, 1, kTwo>, 1, kUnroll<T, 1, kTwo>};
-  if (bytes == 16) return {batch_norm_reduce_planes_kernel<T, V, kTwo>, V, kUnroll<T, V, kTwo>};
+  if (rows && bytes == 16) return {batch_norm_reduce_rows_kernel<T, V, kTwo>, V, unroll<T, V, kTwo>()};
+  if (rows) return {batch_norm_reduce_rows_kernel<T, 1, kTwo>, 1, unroll<T, 1, kTwo>()};
+  if (bytes == 16) return {batch_norm_reduce_planes_kernel<T, V, kTwo>, V, unroll<T, V, kTwo>()};
   if constexpr (sizeof(T) == 2) {
-    if (bytes == 8) return {batch_norm_reduce_planes_kernel<T, 4, kTwo>, 4, kUnroll<T, 4, kTwo>};
+    if (bytes == 8) return {batch_norm_reduce_planes_kernel<T, 4, kTwo>, 4, unroll<T, 4, kTwo>()};
   }
-  return {batch_norm_reduce_planes_kernel<T, 1, kTwo>, 1, kUnroll<T, 1, kTwo>};
+  return {batch_norm_reduce_planes_kernel<T, 1, kTwo>, 1, unroll<T, 1, kTwo>()};
 }
 
 }  // namespace

@@ -46,10 +46,10 @@ __device__ __forceinline__ void finish_channel(const StatisticsBranch& b, const 
 }
 
 // blockIdx.y is the branch.
-__device__ __forceinline__ SumsWalk of_branch(SumsWalk w, int sums, int64_t groups, int64_t width) {
-  if (blockIdx.y == 1 && w.splits > 1) {
-    w.partials += w.items * sums * width;
-    w.arrived += groups;
+__device__ __forceinline__ SumsWalk of_branch(SumsWalk w) {
+  if (blockIdx.y == 1) {
+    w.partials += w.branch_partials;
+    w.arrived += w.branch_counters;
   }
   return w;
 }
@@ -68,7 +68,7 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_statistics_planes_kernel(c
                                                                                const SumsWalk walk) {
   using C = Compute<T>;
   constexpr int U = kUnroll<V>;
-  const SumsWalk w = of_branch(walk, kSums, walk.channels, 1);
+  const SumsWalk w = of_branch(walk);
   const T* input = static_cast<const T*>(blockIdx.y == 0 ? a.first.input : a.second.input);
   C shift = 0;
   sum_planes<T, kSums, V, U, kCompensated<T>>(
@@ -104,7 +104,7 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_statistics_rows_kernel(con
                                                                              const SumsWalk walk) {
   using C = Compute<T>;
   constexpr int U = kRowUnroll<V, V * sizeof(T)>;
-  const SumsWalk w = of_branch(walk, kSums, walk.tiles, walk.tile_slots * V);
+  const SumsWalk w = of_branch(walk);
   const T* input = static_cast<const T*>(blockIdx.y == 0 ? a.first.input : a.second.input);
   C shift[V];
   sum_rows<T, kSums, V, U, kCompensated<T>>(
