@@ -57,8 +57,9 @@ rule stub
 
 
 def sources() -> list[pathlib.Path]:
-    """What the library is compiled from."""
-    return sorted([*(CSRC / "cuda").glob("*.cu"), *(CSRC / "cuda").glob("*.cpp")])
+    """What the library is compiled from, the largest first: they take longest."""
+    found = [*(CSRC / "cuda").glob("*.cu"), *(CSRC / "cuda").glob("*.cpp")]
+    return sorted(found, key=lambda path: (path.suffix != ".cu", -path.stat().st_size, path.name))
 
 
 def library(output: pathlib.Path, directory: pathlib.Path, emulated: bool = False) -> str:
