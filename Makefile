@@ -1,7 +1,9 @@
 # Every target sets up what it needs by itself, from nothing but Python 3.10+ and a C++ compiler, and is quick the second time.
+# Where there is an nvcc too, the CUDA library is built (RESNET_FUSED_CUDA=0|1|auto, TORCH_CUDA_ARCH_LIST; see setup.py).
 #
 #   TORCH        what pip installs for torch, such as TORCH='torch==2.13.0 torchvision==0.28.0'
 #   OTHER_TORCH  the version under which test-other-torch runs the wheel
+#   EMULATOR     the runner of the emulator of CUDA, for emulated tests; where it is absent they are skipped
 #   ARGS         further arguments of demo, bench and pytest, such as ARGS='--channels-last'
 # pip's own variables (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, ...) choose where packages come from.
 SHELL := bash
@@ -12,6 +14,7 @@ SHELL := bash
 PYTHON ?= python3
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 OTHER_TORCH ?= 2.13.0
+EMULATOR ?= ../shared/cuda_on_cpu/cuda-on-cpu
 ARGS ?=
 
 VENV := .venv
@@ -19,11 +22,23 @@ BIN := $(VENV)/bin
 DEPENDENCIES := $(VENV)/.dependencies
 BUILT := $(VENV)/.built
 OTHER_VENV := build/venv-torch-$(OTHER_TORCH)
+WHEEL_VENV := build/venv-wheel
+EMULATED := build/emulated/_cuda.abi3.so
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 # What runs under another torch: all but the tests that need the checkout, or torchvision, which fits one torch alone.
-OPERATOR_TESTS ?= $(filter-out tests/test_cli.py tests/test_packaging.py tests/test_fus% tests/test_conver%,$(wildcard tests/*.py))
+OPERATOR_TESTS ?= $(filter-out tests/test_cli.py tests/test_packaging.py tests/test_cuda_build.py tests/test_static.py tests/test_fus% tests/test_conver%,$(wildcard tests/*.py))
 
-.PHONY: help setup demo test lint pytest bench wheel test-other-torch audit clean
+# What runs on the emulated library: the tests of operators, autograd and modules, and those that need the emulator.
+EMULATED_TESTS ?= $(addprefix tests/test_,$(addsuffix .py,adversarial backend backward determinism emulated errors forward \
+  functorch gradcheck layout modules opcheck torch_samples traffic))
+# And again with blocks and warps in another order.
+ORDERS ?= 1 2 3
+ORDERED_TESTS ?= $(addprefix tests/test_,$(addsuffix .py,forward backward determinism))
+
+HAVE_EMULATOR := $(wildcard $(EMULATOR))
+EMULATE = $(if $(HAVE_EMULATOR),CUDA_ON_CPU_THREADS=1 OMP_NUM_THREADS=1 RESNET_FUSED_EMULATED=$(EMULATED) $(EMULATOR))
+
+.PHONY: help setup demo test lint pytest bench wheel test-other-torch test-wheel audit clean emulated test-emulated traffic static gpu-check
 
 help:
 	@echo "make setup   install the dependencies into $(VENV) and build the libraries"
@@ -33,7 +48,13 @@ help:
 	@echo "make bench   the benchmarks' short profile (ARGS=--full for all of it)"
 	@echo "make wheel   the cp310-abi3 wheel, in dist"
 	@echo "make test-other-torch  the operators' tests with the wheel under torch $(OTHER_TORCH)"
+	@echo "make test-wheel        the same with the wheel under this torch"
 	@echo "make audit   torch-abi-audit on the libraries"
+	@echo "make emulated       the CUDA library for CPU tensors under the emulator, in build/emulated"
+	@echo "make test-emulated  the operators' tests on it, with its checks of memory, races and initialisation"
+	@echo "make traffic        bytes that each CUDA operator moves, counted by the emulator, as JSON"
+	@echo "make static         registers, spills, shared memory and widest access of each CUDA kernel"
+	@echo "make gpu-check      on a machine with a GPU: tests and benchmarks there, and a report"
 
 setup: $(BUILT)
 	@echo 'resnet_fused is built; $(BIN)/python has it.'
@@ -56,25 +77,57 @@ bench: $(BUILT)
 	$(BIN)/python -m pytest benchmarks $(ARGS)
 
 wheel: $(BUILT)
-	rm -rf dist build/lib*
+	rm -rf dist build/lib* build/bdist*
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 	$(BIN)/python tools/check_wheel.py dist/*.whl
 
 # Outside the source tree, so that the package that is tested is the one that was installed.
+define run_operator_tests
+	directory=$$(mktemp -d); trap 'rm -rf "$$directory"' EXIT; cp $(OPERATOR_TESTS) "$$directory"; cd "$$directory"; \
+	unset PYTHONPATH; python=$(CURDIR)/$(1)/bin/python; \
+	$$python -c 'import resnet_fused, sys, torch; path = resnet_fused.__file__; assert path.startswith(sys.prefix), path; \
+	from resnet_fused.ops import library; \
+	print("resnet_fused from", path, "under torch", torch.__version__, "- CUDA library:", library.why_no_cuda() or "loaded")'; \
+	$$python -m pytest $(2) .
+endef
+
 test-other-torch: wheel
 	$(PYTHON) -m venv $(OTHER_VENV)
 	$(OTHER_VENV)/bin/python -m pip install --quiet torch==$(OTHER_TORCH) pytest hypothesis expecttest numpy
 	$(OTHER_VENV)/bin/python -m pip install --quiet --force-reinstall --no-deps dist/*.whl
 	$(OTHER_VENV)/bin/python -m pip install --quiet tabulate
-	directory=$$(mktemp -d); trap 'rm -rf "$$directory"' EXIT; cp $(OPERATOR_TESTS) "$$directory"; cd "$$directory"; \
-	unset PYTHONPATH; python=$(CURDIR)/$(OTHER_VENV)/bin/python; \
-	$$python -c 'import resnet_fused, sys, torch; path = resnet_fused.__file__; assert path.startswith(sys.prefix), path; \
-	print("resnet_fused from", path, "under torch", torch.__version__)'; \
-	$$python -m pytest .
+	$(call run_operator_tests,$(OTHER_VENV))
+
+# An environment of its own for the wheel; torch, of several GB, is that of $(VENV).
+test-wheel: wheel
+	$(BIN)/python -m venv --clear $(WHEEL_VENV)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+	  $$($(WHEEL_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch.pth
+	$(WHEEL_VENV)/bin/python -m pip install --quiet --force-reinstall --no-deps dist/*.whl
+	$(call run_operator_tests,$(WHEEL_VENV),-n 2)
 
 audit: $(BUILT)
 	$(BIN)/python -m pip install --quiet torch-abi-audit==0.3.0
 	for library in resnet_fused/*.so; do $(BIN)/torch-abi-audit --check torch "$$library"; done
+
+emulated: $(BUILT)
+	$(BIN)/python tools/cuda_build.py --emulated $(EMULATED)
+
+# One thread a process, two processes: launches of the tests are too small to share. The last runs are samples, for time.
+test-emulated: $(BUILT)
+	$(if $(HAVE_EMULATOR),$(BIN)/python tools/cuda_build.py --emulated $(EMULATED))
+	$(EMULATE) $(BIN)/python -m pytest -n 2 --backend emulated $(EMULATED_TESTS) $(ARGS)
+	$(if $(HAVE_EMULATOR),for order in $(ORDERS); do CUDA_ON_CPU_SEED=$$order \
+	  $(EMULATE) $(BIN)/python -m pytest -n 2 -q -r f --backend emulated --sample $$order/5 $(ORDERED_TESTS) $(ARGS); done)
+
+traffic: emulated
+	$(EMULATE) $(BIN)/python tools/traffic.py $(ARGS)
+
+static: $(BUILT)
+	$(BIN)/python tools/static_checks.py $(ARGS)
+
+gpu-check: $(BUILT)
+	$(BIN)/python tools/gpu_check.py $(ARGS)
 
 clean:
 	rm -rf build dist $(BUILT) *.egg-info resnet_fused/*.so
@@ -98,9 +151,10 @@ $(DEPENDENCIES): pyproject.toml tools/requirements.py | $(BIN)/python
 	@touch $@
 
 # In place, and on the environment's path: setuptools' editable install would compile everything again each time.
-$(BUILT): $(DEPENDENCIES) setup.py $(CXX_SOURCES)
+$(BUILT): $(DEPENDENCIES) setup.py tools/cuda_build.py tools/cuda_toolkit.py $(CXX_SOURCES)
 	@echo 'Building the libraries; the first time takes some minutes.'
 	@mkdir -p build; $(BIN)/python setup.py build_ext --inplace >build/build.log 2>&1 || { cat build/build.log >&2; exit 1; }
+	@grep '^resnet_fused:' build/build.log || true
 	@$(BIN)/python -c 'import pathlib, sysconfig; \
 	pathlib.Path(sysconfig.get_path("purelib"), "resnet_fused.pth").write_text("$(CURDIR)\n")'
 	@touch $@

@@ -12,7 +12,7 @@ from tabulate import tabulate
 from .measure import cpu_name
 from .ops import OPERATORS, backend, library
 
-_LIBRARIES = {"_ops": "schemas of the operators", "_cpu": "CPU kernels"}
+_LIBRARIES = {"_ops": "schemas of the operators", "_cpu": "CPU kernels", "_cuda": "CUDA kernels"}
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA", "xpu": "XPU", "mps": "MPS"}
 
 
@@ -21,8 +21,9 @@ def examine() -> dict[str, Any]:
     return {
         "versions": _versions(),
         "devices": [_device(*device) for device in _devices()],
-        "libraries": [_library(name) for name in _LIBRARIES],
+        "libraries": [*map(_library, _LIBRARIES), *_emulated()],
         "cpu_capability": library.cpu_capability(),
+        "cuda_architectures": library.cuda_architectures(),
         "threads": torch.get_num_threads(),
         "RESNET_FUSED_BACKEND": os.environ.get("RESNET_FUSED_BACKEND"),
     }
@@ -37,10 +38,11 @@ def render(findings: dict[str, Any]) -> str:
     """The findings as tables."""
     environment = [*findings["versions"].items()]
     environment.append(("CPU capability of the kernels", findings["cpu_capability"]))
+    environment.append(("CUDA kernels are compiled for", findings["cuda_architectures"] or "nothing: none are loaded"))
     environment.append(("threads", findings["threads"]))
     environment.append(("RESNET_FUSED_BACKEND", findings["RESNET_FUSED_BACKEND"] or "not set (auto)"))
     devices = [(d["device"], d["name"], d["backend"], d["reason"]) for d in findings["devices"]]
-    libraries = [(entry["holds"], entry["state"], entry["path"]) for entry in findings["libraries"]]
+    libraries = [(entry["holds"], entry["state"], entry["path"], entry["reason"]) for entry in findings["libraries"]]
     verdict = (
         "Fused kernels serve the CPU."
         if healthy(findings)
@@ -50,7 +52,7 @@ def render(findings: dict[str, Any]) -> str:
         [
             tabulate(environment, tablefmt="simple", disable_numparse=True),
             tabulate(devices, headers=("device", "name", "backend", "why"), tablefmt="simple", disable_numparse=True),
-            tabulate(libraries, headers=("library", "state", "path"), tablefmt="simple", disable_numparse=True),
+            tabulate(libraries, headers=("library", "state", "path", "why"), tablefmt="simple", disable_numparse=True),
             verdict,
         ]
     )
@@ -65,6 +67,8 @@ def serves(device: torch.device) -> tuple[str, str]:
     reason = backend.why_not_compiled(device)
     if reason is None and missing:
         reason = f"{len(missing)} of {len(OPERATORS)} operators have no compiled kernel for it, such as {missing[0]}"
+    if reason is None and library.EMULATED and device.type == "cpu":
+        return "compiled", f"all {len(OPERATORS)} operators have a CUDA kernel for it, run by an emulator"
     if reason is None:
         return "compiled", f"all {len(OPERATORS)} operators have a compiled kernel for it"
     if choice == "compiled":
@@ -128,4 +132,20 @@ def _library(name: str) -> dict[str, Any]:
     path = library.path(name)
     loaded = str(path) in torch.ops.loaded_libraries
     state = "loaded" if loaded else "not loaded" if path.is_file() else "not built"
-    return {"name": name, "holds": _LIBRARIES[name], "path": str(path), "loaded": loaded, "state": state}
+    reason = None if loaded else library.why_no_cuda() if name == "_cuda" else None
+    if name == "_cpu" and library.EMULATED:
+        reason = "RESNET_FUSED_EMULATED has CUDA kernels serve CPU tensors"
+    return _entry(name, _LIBRARIES[name], path, state, reason)
+
+
+def _emulated() -> list[dict[str, Any]]:
+    """The CUDA library that serves CPU tensors, where it does."""
+    if library.EMULATED is None:
+        return []
+    holds, reason = "CUDA kernels on the CPU, emulated", "RESNET_FUSED_EMULATED asks for it"
+    return [_entry("emulated", holds, library.EMULATED, "loaded", reason)]
+
+
+def _entry(name: str, holds: str, path: object, state: str, reason: str | None) -> dict[str, Any]:
+    loaded = state == "loaded"
+    return {"name": name, "holds": holds, "path": str(path), "loaded": loaded, "state": state, "reason": reason}

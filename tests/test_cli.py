@@ -55,7 +55,11 @@ def test_doctor_json(capsys):
     cpu = findings["devices"][0]
     assert code == 0
     assert (cpu["device"], cpu["backend"], cpu["fused"]) == ("cpu", "compiled", True)
-    assert all(library["loaded"] for library in findings["libraries"])
+    loaded = {library["name"]: library["loaded"] for library in findings["libraries"]}
+    assert loaded["_ops"]
+    assert loaded["_cpu"]
+    assert loaded["_cuda"] == bool(findings["cuda_architectures"])
+    assert all(library["loaded"] or library["reason"] for library in findings["libraries"])
 
 
 def test_doctor_tells_when_the_reference_serves(capsys):

@@ -13,6 +13,10 @@ import torch
 SHAPES = ((8, 3, 56, 56), (4, 65, 28, 28), (32, 129, 7, 7), (16, 1025, 1, 1), (1, 1, 301, 301))
 FORMS = ("bn_relu", "bn_add_relu", "dual_relu")
 
+of_the_cpu_library = pytest.mark.skipif(
+    "config.getoption('--backend') != 'compiled'", reason="about threads and instruction sets of the CPU library"
+)
+
 
 def _same(results, others):
     for name, value in results.items():
@@ -36,7 +40,7 @@ def test_runs(shape, dtype, form, layout, device):
     _same(oracle.fused(case), oracle.fused(case))
 
 
-@pytest.mark.skipif("config.getoption('--backend') != 'compiled'", reason="threads of the CPU")
+@of_the_cpu_library
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("form", FORMS)
@@ -50,7 +54,7 @@ def test_numbers_of_threads(shape, form, layout, training, threads):
         _same(oracle.fused(case), expected)
 
 
-@pytest.mark.skipif("config.getoption('--backend') != 'compiled'", reason="threads of the CPU")
+@of_the_cpu_library
 def test_numbers_of_threads_for_add_relu(threads):
     from resnet_fused import functional
 
@@ -101,7 +105,7 @@ def _run(capability: str) -> tuple[str, str]:
     return ran, digest
 
 
-@pytest.mark.skipif("config.getoption('--backend') != 'compiled'", reason="instruction sets of the CPU")
+@of_the_cpu_library
 def test_instruction_sets():
     """What runs on any CPU is as exact, and among vectors with fused multiply-add their width changes no bit."""
     ran, digest = _run("default")

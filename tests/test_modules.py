@@ -18,6 +18,16 @@ from resnet_fused.modules import batch_norm_add_relu, dual_batch_norm_add_relu
 TOLERANCE = {"rtol": 1e-11, "atol": 1e-11}
 
 
+@pytest.fixture(autouse=True)
+def _on_the_device(device):
+    """Tensors and modules are made on the backend's device."""
+    if device.type == "cpu":
+        yield
+        return
+    with device:
+        yield
+
+
 def tensor(*shape, channels_last=False):
     value = torch.randn(*shape, dtype=torch.float64)
     return value.contiguous(memory_format=torch.channels_last) if channels_last else value

@@ -5,6 +5,7 @@
 
 import contextlib
 import contextvars
+import functools
 import os
 from collections.abc import Iterator
 
@@ -13,9 +14,10 @@ from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
+from . import architectures, library
+
 BACKENDS = ("auto", "compiled", "reference")
 DTYPES = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
-_COMPILED_DEVICES = frozenset(("cpu",))
 
 
 def _checked(name: str, source: str) -> str:
@@ -58,9 +60,28 @@ def _current_while_compiling() -> str:
 
 def why_not_compiled(device: torch.device) -> str | None:
     """Why the compiled kernels do not serve ``device``; None where they do."""
-    if device.type in _COMPILED_DEVICES:
+    if device.type == "cpu":
         return None
+    if device.type == "cuda":
+        return _why_not_cuda(device.index)
     return f"this build has no compiled kernels for {device.type} tensors"
+
+
+@functools.cache
+def _why_not_cuda(index: int | None) -> str | None:
+    # A machine does not change its GPUs, and to ask for one costs the host more than a small kernel takes.
+    reason = library.why_no_cuda()
+    if reason is None and not torch.cuda.is_available():
+        reason = "torch finds no GPU"
+    if reason is not None:
+        return reason
+    return architectures.why_not_on(library.cuda_architectures(), torch.cuda.get_device_capability(index))
+
+
+@torch.compiler.assume_constant_result
+def _is_served_while_compiling(kind: str, index: int | None) -> bool:
+    """A constant of the compiled graph: Dynamo need not trace what asks the driver."""
+    return why_not_compiled(torch.device(kind, index)) is None
 
 
 def is_fused(input: Tensor) -> bool:
@@ -73,10 +94,16 @@ def is_fused(input: Tensor) -> bool:
     choice = _current_while_compiling() if compiling else _choice.get()
     if choice == "reference" or input.dtype not in DTYPES or input.layout is not torch.strided:
         return False
-    if not (input.is_cpu or input.device.type in _COMPILED_DEVICES):
-        if choice == "compiled":
-            raise RuntimeError(f"the backend 'compiled' was asked for, but {why_not_compiled(input.device)}")
-        return False
+    if not input.is_cpu:
+        device = input.device
+        if compiling:
+            served = _is_served_while_compiling(device.type, device.index)
+        else:
+            served = why_not_compiled(device) is None
+        if not served:
+            if choice == "compiled":
+                raise RuntimeError(f"the backend 'compiled' was asked for, but {why_not_compiled(device)}")
+            return False
     # functorch's transforms and forward-mode AD differentiate torch's operations, not ours; torch.jit.trace records
     # them.
     if not compiling and (

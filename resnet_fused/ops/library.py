@@ -1,4 +1,8 @@
-"""Finds and loads the shared objects that ``setup.py`` builds."""
+"""Finds and loads the shared objects that ``setup.py`` builds.
+
+``_cuda`` is loaded where torch has CUDA, with or without a GPU. ``RESNET_FUSED_EMULATED=file`` loads the CUDA library
+that ``make emulated`` built for CPU tensors, in place of ``_cpu``; it runs under an emulator alone.
+"""
 
 import ctypes
 import functools
@@ -9,30 +13,79 @@ import torch
 
 CPU_CAPABILITIES = ("default", "avx2", "avx512")
 _PACKAGE = pathlib.Path(__file__).resolve().parent.parent
+EMULATED = os.environ.get("RESNET_FUSED_EMULATED") or None
+
+# Why there are no CUDA kernels; None where they are loaded.
+_why_no_cuda: str | None = "the libraries of the package are not loaded"
 
 
 def path(name: str) -> pathlib.Path:
-    """Where the shared object ``name`` (``_ops`` or ``_cpu``) is, or would be."""
+    """Where the shared object ``name`` (``_ops``, ``_cpu`` or ``_cuda``) is, or would be."""
     return _PACKAGE / f"{name}.abi3.so"
 
 
 def load() -> None:
-    """Loads the shared objects.
+    """Loads the shared objects: schemas, CPU kernels, and CUDA kernels where torch can have them.
 
     Raises:
-        ImportError: the package is not built.
+        ImportError: the package is not built, or the emulated library was asked for and cannot run.
         ValueError: ``RESNET_FUSED_CPU_CAPABILITY`` is no instruction set.
     """
+    global _why_no_cuda
     asked = os.environ.get("RESNET_FUSED_CPU_CAPABILITY") or "avx512"
     if asked not in CPU_CAPABILITIES:
         raise ValueError(f"RESNET_FUSED_CPU_CAPABILITY must be one of {', '.join(CPU_CAPABILITIES)}, got {asked!r}")
-    for name in ("_ops", "_cpu"):
+    for name in ("_ops",) if EMULATED else ("_ops", "_cpu"):
         if not path(name).is_file():
             raise ImportError(
                 f"resnet_fused is not built: {path(name).name} is missing from the package. "
                 "Install it with `pip install --no-build-isolation .`, or run `make setup` in a clone."
             )
         torch.ops.load_library(path(name))
+    if EMULATED:
+        _load_emulated(EMULATED)
+        _why_no_cuda = "RESNET_FUSED_EMULATED has its CUDA kernels serve CPU tensors"
+    else:
+        _why_no_cuda = _load_cuda()
+
+
+def _load_emulated(file: str) -> None:
+    if os.environ.get("CUDA_ON_CPU") != "1":
+        raise ImportError(
+            f"RESNET_FUSED_EMULATED={file} asks for CUDA kernels on the CPU, which run under the emulator alone: start "
+            "the process through `cuda-on-cpu`, or unset the variable."
+        )
+    if not pathlib.Path(file).is_file():
+        raise ImportError(f"RESNET_FUSED_EMULATED={file} is no file: `make emulated` builds it.")
+    torch.ops.load_library(pathlib.Path(file).resolve())
+
+
+def _load_cuda() -> str | None:
+    """Loads the CUDA library; why not, where it cannot be: no reason to refuse the import."""
+    if torch.version.cuda is None:
+        return "torch is built without CUDA"
+    if not path("_cuda").is_file():
+        return (
+            "the package was built without its CUDA library: where nvcc is, `pip install --no-build-isolation .` or "
+            "`make setup` builds it"
+        )
+    try:
+        torch.ops.load_library(path("_cuda"))
+    except OSError as error:
+        return f"{path('_cuda').name} cannot be loaded beside torch {torch.__version__}: {error}"
+    return None
+
+
+def why_no_cuda() -> str | None:
+    """Why the CUDA library is not loaded; None where it is."""
+    return _why_no_cuda
+
+
+@functools.cache
+def cuda_architectures() -> str:
+    """What the loaded CUDA library has code for, such as ``"8.0;9.0;12.0+PTX"``; empty where none is loaded."""
+    file = EMULATED if EMULATED else None if _why_no_cuda else str(path("_cuda"))
+    return _text(file, "resnet_fused_cuda_architectures") if file else ""
 
 
 @functools.cache
@@ -40,8 +93,12 @@ def cpu_capability() -> str:
     """The instruction set of the CPU kernels in use: ``"avx512"``, ``"avx2"`` or ``"default"``.
 
     It is the best that the machine has; ``RESNET_FUSED_CPU_CAPABILITY``, read as the package is imported, asks for a
-    lower one.
+    lower one. ``"none"`` where the emulated CUDA library serves the CPU.
     """
-    function = ctypes.CDLL(str(path("_cpu"))).resnet_fused_cpu_capability
+    return "none" if EMULATED else _text(str(path("_cpu")), "resnet_fused_cpu_capability")
+
+
+def _text(file: str, name: str) -> str:
+    function = getattr(ctypes.CDLL(file), name)
     function.restype = ctypes.c_char_p
     return function().decode()

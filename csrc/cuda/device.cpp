@@ -1,0 +1,45 @@
+#include "cuda/device.h"
+
+#include <map>
+#include <mutex>
+#include <tuple>
+
+namespace resnet_fused::cuda {
+
+namespace {
+
+std::mutex mutex;
+
+int current_device() {
+  int device = 0;
+  return cudaGetDevice(&device) == cudaSuccess ? device : 0;
+}
+
+}  // namespace
+
+int64_t resident_blocks(const void* kernel, int threads, int64_t shared_bytes) {
+  static std::map<std::tuple<const void*, int, int64_t, int>, int64_t> known;
+  const auto key = std::tuple(kernel, threads, shared_bytes, current_device());
+  const std::lock_guard lock(mutex);
+  const auto found = known.find(key);
+  if (found != known.end()) return found->second;
+  int processors = 1, blocks = 1;
+  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, std::get<3>(key));
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, static_cast<size_t>(shared_bytes));
+  // A kernel that does not fit says so when it is launched.
+  return known[key] = int64_t{1} * std::max(processors, 1) * std::max(blocks, 1);
+}
+
+cudaError_t allow_shared(const void* kernel, int64_t shared_bytes) {
+  if (shared_bytes <= 48 * 1024) return cudaSuccess;
+  static std::map<std::pair<const void*, int>, int64_t> allowed;
+  const std::lock_guard lock(mutex);
+  int64_t& most = allowed[{kernel, current_device()}];
+  if (shared_bytes <= most) return cudaSuccess;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  if (error == cudaSuccess) most = shared_bytes;
+  return error;
+}
+
+}  // namespace resnet_fused::cuda

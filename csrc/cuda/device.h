@@ -1,0 +1,36 @@
+// What launches need to know of the device at hand, asked once.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <initializer_list>
+
+namespace resnet_fused::cuda {
+
+// Blocks of a kernel that the current device holds at once.
+int64_t resident_blocks(const void* kernel, int threads, int64_t shared_bytes);
+
+// Lets a kernel have more dynamic shared memory than the 48 KiB that need no asking.
+cudaError_t allow_shared(const void* kernel, int64_t shared_bytes);
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+// The largest grid in x.
+inline unsigned grid_size(int64_t blocks) { return static_cast<unsigned>(std::clamp<int64_t>(blocks, 1, 0x7fffffff)); }
+
+// The widest access, in bytes, that runs of so many bytes and all pointers are aligned for.
+inline int access_bytes(int64_t run_bytes, std::initializer_list<const void*> pointers) {
+  uintptr_t bits = static_cast<uintptr_t>(run_bytes);
+  for (const void* pointer : pointers) bits |= reinterpret_cast<uintptr_t>(pointer);
+  return bits % 16 == 0 ? 16 : bits % 8 == 0 ? 8 : 1;
+}
+
+template <typename Kernel>
+const void* address_of(Kernel* kernel) {
+  return reinterpret_cast<const void*>(kernel);
+}
+
+}  // namespace resnet_fused::cuda

@@ -1,0 +1,130 @@
+// The pass that normalizes, adds, applies the ReLU and writes the mask.
+//
+// It reads every input once and writes the output once, with a bit an element where there is a mask. In planes a block owns chunks of
+// accesses anywhere in the tensor, and a thread reads its channel's constants with every access; in rows a block owns a tile of channels
+// and many rows, and their constants lie in shared memory (walk.cuh).
+#include "cuda/walk.cuh"
+
+namespace resnet_fused::cuda {
+
+namespace {
+
+enum class Second { kNone, kTensor, kNormalized };
+
+using Kernel = void(ForwardArguments, Walk);
+
+// The constants of a channel, in the order of Affine, and the second branch's mean and scale. Its bias is part of the first's.
+enum { kMean, kScale, kBias, kMean2, kScale2 };
+
+// Accesses that a thread has under way at once, as far as registers go.
+template <typename T, int V, bool kRows, Second S>
+constexpr int unroll() {
+  if (V == 1) return sizeof(T) == 8 ? 2 : 4;
+  return kRows && V == 8 && S != Second::kNone ? 1 : 2;
+}
+
+template <typename T, int V, bool kRows, Second S>
+__global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_forward_kernel(const ForwardArguments a, const Walk w) {
+  using C = Compute<T>;
+  constexpr int K = S == Second::kNormalized ? 5 : 3;
+  constexpr int U = unroll<T, V, kRows, S>();
+  const auto fill = [&](int64_t channel, C* constants) {
+    const Affine<C> first = affine_of<C>(a.first, channel);
+    constants[kMean] = first.mean;
+    constants[kScale] = first.scale;
+    constants[kBias] = first.bias;
+    if constexpr (S == Second::kNormalized) {
+      const Affine<C> second = affine_of<C>(a.second, channel);
+      constants[kBias] = first.bias + second.bias;
+      constants[kMean2] = second.mean;
+      constants[kScale2] = second.scale;
+    }
+  };
+  walk<kRows, C, K, V, U>(w, fill, [&](const Places<U>& p, const auto& constants_at) {
+    Pack<T, V> x[U];
+    [[maybe_unused]] Pack<T, V> r[U];
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      if (!p.active[u]) continue;
+      x[u].load(a.first.input, p.at[u]);
+      if constexpr (S == Second::kTensor) r[u].load(a.residual, p.at[u]);
+      if constexpr (S == Second::kNormalized) r[u].load(a.second.input, p.at[u]);
+    }
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      const auto k = constants_at(u);
+      const auto mean = k.template get<kMean>(), scale = k.template get<kScale>(), bias = k.template get<kBias>();
+      Values<C, V> v;
+      if constexpr (S == Second::kNormalized) {
+        const auto mean2 = k.template get<kMean2>(), scale2 = k.template get<kScale2>();
+#pragma unroll
+        for (int i = 0; i < V; ++i) v.v[i] = normalized(r[u][i], mean2[i], scale2[i], bias[i]);
+      } else {
+        v = bias;
+      }
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        v.v[i] = normalized(x[u][i], mean[i], scale[i], v[i]);
+        if constexpr (S == Second::kTensor) v.v[i] += r[u][i];
+        if (a.relu && !positive_or_nan(v[i])) v.v[i] = 0;
+      }
+      const auto y = Pack<T, V>::of(v);
+      if (p.active[u]) y.store(a.output, p.at[u]);
+      if constexpr (S != Second::kNone) {
+        if (a.mask != nullptr) {
+          // Of the rounded value: a small positive one may become zero, and then the gradient stops there.
+          unsigned bits = 0;
+#pragma unroll
+          for (int i = 0; i < V; ++i) bits |= positive_or_nan(y[i]) ? 1u << i : 0;
+          bits = gather_bits<V>(p.active[u] ? bits : 0);
+          if (p.inside[u] && writes_byte<V>()) a.mask[p.byte[u]] = static_cast<uint8_t>(bits);
+        }
+      }
+    }
+  });
+}
+
+struct Choice {
+  Kernel* kernel;
+  int v, unroll;
+};
+
+template <typename T, int V, bool kRows>
+Choice choose(Second second) {
+  switch (second) {
+    case Second::kNone:
+      return {batch_norm_forward_kernel<T, V, kRows, Second::kNone>, V, unroll<T, V, kRows, Second::kNone>()};
+    case Second::kTensor:
+      return {batch_norm_forward_kernel<T, V, kRows, Second::kTensor>, V, unroll<T, V, kRows, Second::kTensor>()};
+    default:
+      return {batch_norm_forward_kernel<T, V, kRows, Second::kNormalized>, V,
+              unroll<T, V, kRows, Second::kNormalized>()};
+  }
+}
+
+template <typename T>
+Choice choose(int bytes, bool rows, Second second) {
+  constexpr int V = 16 / sizeof(T);
+  if (rows) return bytes == 16 ? choose<T, V, true>(second) : choose<T, 1, true>(second);
+  if (bytes == 16) return choose<T, V, false>(second);
+  if constexpr (sizeof(T) == 2) {
+    if (bytes == 8) return choose<T, 4, false>(second);
+  }
+  return choose<T, 1, false>(second);
+}
+
+}  // namespace
+
+cudaError_t launch_forward(Dtype dtype, const ForwardArguments& arguments, const Launch& launch) {
+  const Shape& shape = arguments.shape;
+  if (shape.numel() == 0) return cudaSuccess;
+  const Second second = arguments.two ? Second::kNormalized : arguments.residual ? Second::kTensor : Second::kNone;
+  const int bytes = access_bytes(shape.inner() * size_of(dtype),
+                                 {arguments.first.input, arguments.second.input, arguments.residual, arguments.output});
+  const Choice choice = dispatch(dtype, [&]<typename T>() { return choose<T>(bytes, shape.rows, second); });
+  const WalkPlan plan = plan_walk(shape, choice.v, choice.unroll, address_of(choice.kernel));
+  choice.kernel<<<plan.grid, plan.block, 0, launch.stream>>>(arguments, plan.walk);
+  return cudaGetLastError();
+}
+
+}  // namespace resnet_fused::cuda

@@ -1,0 +1,444 @@
+// How the passes that reduce go over a tensor, and how their sums are put together: always in the same order.
+//
+// A thread adds the terms of a group in the arithmetic's type and the group to a double, so that a GPU with little double arithmetic keeps
+// up with its memory. Threads and blocks are put together in double. Where several blocks share a channel, each writes its sums to scratch memory and counts itself in; the last one to arrive adds them up.
+#pragma once
+
+#include "cuda/device.h"
+#include "cuda/numbers.cuh"
+
+namespace resnet_fused::cuda {
+
+// The terms that are added up before double takes over.
+template <typename T>
+constexpr int kGroup = sizeof(T) == 2 ? 8 : 4;
+
+// The sum of a group. Compensated, it holds what the additions and products round off as well: a gradient's sum is often a small rest of
+// large terms, and then these roundings are what one would see of it.
+template <typename C, bool kCompensated>
+struct Group {
+  C sum = 0, rest = 0;
+
+  __device__ __forceinline__ void add(C term) {
+    if constexpr (kCompensated) {
+      // Knuth's two-sum: the rounding of an addition, exactly.
+      const C next = sum + term;
+      const C part = next - sum;
+      rest += (sum - (next - part)) + (term - part);
+      sum = next;
+    } else {
+      sum += term;
+    }
+  }
+  __device__ __forceinline__ void add_product(C a, C b) {
+    if constexpr (kCompensated) {
+      const C product = mul_rn(a, b);
+      rest += fma(a, b, -product);
+      add(product);
+    } else {
+      sum = fma(a, b, sum);
+    }
+  }
+  // Of a square nothing cancels that would bring the rounding to light.
+  __device__ __forceinline__ void add_square(C a) { sum = fma(a, a, sum); }
+  __device__ __forceinline__ double total() const {
+    const double wide = static_cast<double>(sum);
+    // Of an infinite sum the rest is not a number.
+    return kCompensated && sum - sum == C(0) ? wide + static_cast<double>(rest) : wide;
+  }
+
+ private:
+  static __device__ __forceinline__ float mul_rn(float a, float b) { return __fmul_rn(a, b); }
+  static __device__ __forceinline__ double mul_rn(double a, double b) { return __dmul_rn(a, b); }
+};
+
+struct SumsWalk {
+  int64_t outer;  // planes: N; rows: the rows
+  int64_t slots;  // accesses of a plane or of a row
+  int64_t inner;  // values of a plane or of a row
+  int64_t channels;
+  int64_t mask_bytes;
+  int64_t chunks;
+  int64_t splits;                      // blocks that share a channel or a tile of channels
+  int64_t items;                       // channels or tiles, times splits
+  int64_t tiles;                       // rows
+  int64_t groups, group_splits;        // rows: the splits, counted in groups first
+  int64_t thread_outer, thread_slots;  // planes: from a thread's place in a chunk to its next
+  int64_t chunk_outer, chunk_slots;    // and from its chunk to its next
+  int32_t tile_slots, tile_rows;       // rows
+  double* partials;
+  unsigned* arrived;
+  int64_t branch_partials, branch_counters;  // from one branch's to the next one's
+};
+
+// The place of one access.
+struct Place {
+  int64_t at;
+  int64_t byte;  // of the mask
+  int bit;
+  bool active;
+};
+
+// The groups of a thread: of planes a group is kSize of the terms of U accesses, of rows (kSize = 0) those of one channel.
+template <typename C, int K, int V, int kCount, int kSize, bool kCompensated>
+struct Groups {
+  Group<C, kCompensated> of[K][kCount];
+
+  // That of the k-th sum for value i of access u.
+  __device__ __forceinline__ Group<C, kCompensated>& at(int k, int u, int i) {
+    if constexpr (kSize == 0) {
+      return of[k][i];
+    } else {
+      return of[k][(u * V + i) / kSize];
+    }
+  }
+};
+
+template <typename T, int V, int U, bool kCompensated>
+constexpr int kPlaneGroups = U * V > kGroup<T> && !kCompensated ? U * V / kGroup<T> : 1;
+template <typename T, int K, int V, int U, bool kCompensated>
+using PlaneGroups = Groups<Compute<T>, K, V, kPlaneGroups<T, V, U, kCompensated>,
+                           U * V / kPlaneGroups<T, V, U, kCompensated>, kCompensated>;
+template <typename T, int K, int V, bool kCompensated>
+using RowGroups = Groups<Compute<T>, K, V, V, 0, kCompensated>;
+
+// The sums over a block, in its first thread.
+template <int K>
+__device__ __forceinline__ void sum_over_block(double (&v)[K]) {
+  __shared__ double of_warp[K][kThreads / 32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) v[k] += __shfl_down_sync(~0u, v[k], distance);
+    if (lane == 0) of_warp[k][warp] = v[k];
+  }
+  __syncthreads();
+  if (warp == 0) {
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      v[k] = lane < warps ? of_warp[k][lane] : 0;
+#pragma unroll
+      for (int distance = kThreads / 64; distance > 0; distance /= 2) {
+        v[k] += __shfl_down_sync(~0u, v[k], distance);
+      }
+    }
+  }
+  __syncthreads();  // of_warp is free again
+}
+
+// Counts this block in; true in the last of `splits`. What the block wrote to global memory before is then visible to the last one:
+// each thread's fence puts its own writes before the barrier, the barrier before the count of thread 0; the fence behind the count
+// keeps the reads that follow from being served by what an L1 or a register held before.
+__device__ __forceinline__ bool is_last_block(unsigned* arrived, int64_t splits) {
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicAdd(arrived, 1u) == static_cast<unsigned>(splits - 1);
+  __syncthreads();
+  const bool result = last;
+  __threadfence();
+  __syncthreads();  // `last` is free again
+  return result;
+}
+
+// Planes: a block owns the chunks s, s + splits, ... of one channel, so that all blocks go through the batch together and the L2 keeps its
+// end.
+//   begin(channel): the block prepares constants of the channel
+//   terms(places, groups): adds the terms of U accesses
+//   finish(channel, sums): the first thread of the last block
+template <typename T, int K, int V, int U, bool kCompensated, typename Begin, typename Terms, typename Finish>
+__device__ __forceinline__ void sum_planes(const SumsWalk& w, const Begin& begin, const Terms& terms,
+                                           const Finish& finish) {
+  constexpr int kGroups = kPlaneGroups<T, V, U, kCompensated>;
+  for (int64_t item = blockIdx.x; item < w.items; item += gridDim.x) {
+    const int64_t channel = item % w.channels, split = item / w.channels;
+    begin(channel);
+    double sums[K] = {};
+    const int64_t first = split * (int64_t{U} * blockDim.x) + threadIdx.x;
+    int64_t outer = first / w.slots;
+    int64_t slot = first - outer * w.slots;
+#pragma unroll 1
+    for (int64_t chunk = split; chunk < w.chunks; chunk += w.splits) {
+      Place p[U];
+      int64_t n = outer, s = slot;
+#pragma unroll
+      for (int u = 0; u < U; ++u) {
+        const int64_t run = n * w.channels + channel;
+        p[u].active = n < w.outer;
+        p[u].at = run * w.inner + s * V;
+        p[u].byte = run * w.mask_bytes + s * V / 8;
+        p[u].bit = static_cast<int>(s * V % 8);
+        n += w.thread_outer;
+        s += w.thread_slots;
+        if (s >= w.slots) {
+          s -= w.slots;
+          ++n;
+        }
+      }
+      PlaneGroups<T, K, V, U, kCompensated> groups;
+      terms(p, groups);
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+#pragma unroll
+        for (int i = 0; i < kGroups; ++i) sums[k] += groups.of[k][i].total();
+      }
+      outer += w.chunk_outer;
+      slot += w.chunk_slots;
+      if (slot >= w.slots) {
+        slot -= w.slots;
+        ++outer;
+      }
+    }
+    sum_over_block<K>(sums);
+    if (w.splits > 1) {
+      double* partial = w.partials + channel * w.splits * K;
+      if (threadIdx.x == 0) {
+#pragma unroll
+        for (int k = 0; k < K; ++k) partial[split * K + k] = sums[k];
+      }
+      if (!is_last_block(w.arrived + channel, w.splits)) continue;
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+        sums[k] = 0;
+        for (int64_t i = threadIdx.x; i < w.splits; i += blockDim.x) sums[k] += partial[i * K + k];
+      }
+      sum_over_block<K>(sums);
+    }
+    if (threadIdx.x == 0) finish(channel, sums);
+  }
+}
+
+// The sums of a thread's V channels, K of each, in dynamic shared memory: registers would not do for them. Lanes lie beside each other.
+template <int K, int V>
+struct ThreadSums {
+  double* own;
+  __device__ __forceinline__ ThreadSums() {
+    extern __shared__ double sums[];
+    own = sums + threadIdx.x;
+  }
+  __device__ __forceinline__ double& at(int k, int i, int thread = 0) const {
+    return own[(k * V + i) * kThreads + thread];
+  }
+  // One after the other: there are no registers for all of them at once.
+  __device__ __forceinline__ void add(int k, int i, double term) const {
+    volatile double* to = own + (k * V + i) * kThreads;
+    *to = *to + term;
+  }
+  __device__ __forceinline__ const double* of_thread(int thread) const { return own - threadIdx.x + thread; }
+  __device__ __forceinline__ void clear() const {
+#pragma unroll
+    for (int j = 0; j < K * V; ++j) own[j * kThreads] = 0;
+  }
+};
+
+// Adds up over the rows of threads, into the first.
+template <int K, int V>
+__device__ __forceinline__ void sum_over_rows(const ThreadSums<K, V>& sums, int row, int rows, int tile_slots) {
+  __syncthreads();
+  while (rows > 1) {
+    const int half = (rows + 1) / 2;
+    if (row + half < rows) {
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+#pragma unroll
+        for (int i = 0; i < V; ++i) sums.at(k, i) += sums.at(k, i, half * tile_slots);
+      }
+    }
+    rows = half;
+    __syncthreads();
+  }
+}
+
+// What a block and a thread of rows own: a tile of channels and of its rows the chunks split, split + splits, ...; of the tile V channels
+// and every tile_rows-th row.
+struct RowsOwner {
+  int tile, split, row, column;
+
+  // Opaque to the compiler, so that it makes them again behind the loop and keeps no registers for them all along.
+  __device__ __forceinline__ explicit RowsOwner(const SumsWalk& w) {
+    unsigned thread = threadIdx.x, block = blockIdx.x;
+    asm volatile("" : "+r"(thread), "+r"(block));
+    split = static_cast<int>(block / static_cast<unsigned>(w.tiles));
+    tile = static_cast<int>(block) - split * static_cast<int>(w.tiles);
+    row = static_cast<int>(thread) / w.tile_slots;
+    column = static_cast<int>(thread) - row * w.tile_slots;
+  }
+};
+
+// Puts the sums of a tile's blocks together, in the last of them; false in every other. Blocks are counted in groups first, for a single
+// block would be at it long: its SM reads no faster than any other.
+template <int K, int V>
+__device__ __forceinline__ bool merge_tile(const SumsWalk& w, const ThreadSums<K, V>& sums, const RowsOwner& own) {
+  const int width = w.tile_slots * V;
+  double* partials = w.partials + int64_t{own.tile} * (w.splits + w.groups) * K * width;
+  unsigned* arrived = w.arrived + int64_t{own.tile} * (w.groups + 1);
+  const auto put = [&](int64_t slot) {
+    for (int i = threadIdx.x; i < width; i += blockDim.x) {
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+        partials[(slot * K + k) * width + i] = sums.of_thread(i / V)[(k * V + i % V) * kThreads];
+      }
+    }
+  };
+  const auto merge = [&](int64_t first, int64_t count) {
+    sums.clear();
+    if (own.row < w.tile_rows) {
+#pragma unroll 1
+      for (int64_t s = own.row; s < count; s += w.tile_rows) {
+#pragma unroll 1
+        for (int k = 0; k < K; ++k) {
+          const double* from = partials + ((first + s) * K + k) * width + own.column * V;
+#pragma unroll
+          for (int i = 0; i < V; ++i) sums.at(k, i) += from[i];
+        }
+      }
+    }
+    sum_over_rows(sums, own.row, w.tile_rows, w.tile_slots);
+  };
+  const int64_t group = own.split / w.group_splits, first = group * w.group_splits, left = w.splits - first;
+  const int64_t members = left < w.group_splits ? left : w.group_splits;
+  put(own.split);
+  if (!is_last_block(arrived + group, members)) return false;
+  merge(first, members);
+  if (w.groups == 1) return true;
+  put(w.splits + group);
+  if (!is_last_block(arrived + w.groups, w.groups)) return false;
+  merge(w.splits, w.groups);
+  return true;
+}
+
+// Rows: see RowsOwner. A thread adds a group of rows at a time.
+//   begin(first channel, count): the block prepares constants of the tile
+//   terms(places, column, groups): adds the terms of U rows
+//   finish(channel, sums): of the last block, one thread a channel
+template <typename T, int K, int V, int U, bool kCompensated, typename Begin, typename Terms, typename Finish>
+__device__ __forceinline__ void sum_rows(const SumsWalk& w, const Begin& begin, const Terms& terms,
+                                         const Finish& finish) {
+  constexpr int kRows = kGroup<T>;
+  static_assert(kRows % U == 0);
+  const ThreadSums<K, V> sums;
+  const auto channels_of = [&](int tile) {
+    const int64_t left = w.channels - int64_t{tile} * w.tile_slots * V, width = int64_t{w.tile_slots} * V;
+    return static_cast<int>(left < width ? left : width);
+  };
+  {
+    const RowsOwner own(w);
+    begin(int64_t{own.tile} * w.tile_slots * V, channels_of(own.tile));
+    sums.clear();
+    __syncthreads();
+    const int64_t slot = int64_t{own.tile} * w.tile_slots + own.column;
+    const bool has_values = own.row < w.tile_rows && slot < w.slots;
+#pragma unroll 1
+    for (int64_t chunk = own.split; chunk < w.chunks; chunk += w.splits) {
+      RowGroups<T, K, V, kCompensated> groups;
+      // Where one row fills the registers, the loop must not be unrolled either.
+#pragma unroll(U == 1 ? 1 : 2)
+      for (int g = 0; g < kRows; g += U) {
+        Place p[U];
+#pragma unroll
+        for (int u = 0; u < U; ++u) {
+          const int64_t r = (chunk * kRows + g + u) * w.tile_rows + own.row;
+          p[u].active = has_values && r < w.outer;
+          p[u].at = r * w.inner + slot * V;
+          p[u].byte = r * w.mask_bytes + slot * V / 8;
+          p[u].bit = static_cast<int>(slot * V % 8);
+        }
+        terms(p, own.column, groups);
+      }
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+#pragma unroll
+        for (int i = 0; i < V; ++i) sums.add(k, i, groups.of[k][i].total());
+      }
+    }
+  }
+  const RowsOwner own(w);
+  sum_over_rows(sums, own.row, w.tile_rows, w.tile_slots);
+  if (w.splits > 1 && !merge_tile(w, sums, own)) return;
+  const int channels = channels_of(own.tile);
+  for (int i = threadIdx.x; i < channels; i += blockDim.x) {
+    double of_channel[K];
+#pragma unroll
+    for (int k = 0; k < K; ++k) of_channel[k] = sums.of_thread(i / V)[(k * V + i % V) * kThreads];
+    finish(int64_t{own.tile} * w.tile_slots * V + i, of_channel);
+  }
+}
+
+struct SumsPlan {
+  SumsWalk walk;
+  unsigned grid;
+  unsigned block;
+  int64_t shared_bytes;
+  int64_t partial_doubles, counters;  // of one branch
+};
+
+// Enough blocks to fill the device, each with a few chunks to do.
+inline SumsPlan plan_sums(const Shape& shape, int sums, int v, int unroll, int group, const void* kernel,
+                          int branches) {
+  SumsPlan plan{};
+  SumsWalk& w = plan.walk;
+  w.inner = shape.inner();
+  w.channels = shape.channels;
+  w.mask_bytes = shape.mask_bytes();
+  w.slots = std::max<int64_t>(divide_up(w.inner, v), 1);
+  int64_t groups = 0;
+  if (shape.rows) {
+    w.outer = shape.runs();
+    w.tiles = divide_up(w.slots, kThreads / v);
+    w.tile_slots = static_cast<int32_t>(divide_up(w.slots, w.tiles));
+    w.tile_rows = kThreads / w.tile_slots;
+    w.chunks = divide_up(w.outer, int64_t{group} * w.tile_rows);
+    plan.block = kThreads;
+    plan.shared_bytes = int64_t{sums} * v * kThreads * static_cast<int64_t>(sizeof(double));
+    groups = w.tiles;
+  } else {
+    w.outer = shape.numel() == 0 ? 0 : shape.batch;
+    const int64_t accesses = w.outer * w.slots;
+    plan.block = static_cast<unsigned>(std::clamp<int64_t>(round_up(divide_up(accesses, unroll), 32), 32, kThreads));
+    const int64_t chunk = int64_t{unroll} * plan.block;
+    w.chunks = divide_up(accesses, chunk);
+    groups = w.channels;
+  }
+  const int64_t resident = resident_blocks(kernel, static_cast<int>(plan.block), plan.shared_bytes);
+  constexpr int64_t kLeastChunks = 2;
+  w.splits = std::clamp<int64_t>(resident / std::max<int64_t>(groups * branches, 1), 1,
+                                 std::max<int64_t>(w.chunks / kLeastChunks, 1));
+  w.items = groups * w.splits;
+  constexpr int64_t kFew = 32;
+  w.group_splits = w.splits <= kFew ? w.splits : kFew;
+  w.groups = divide_up(w.splits, w.group_splits);
+  plan.grid = grid_size(w.items);
+  if (!shape.rows) {
+    const int64_t chunk = int64_t{unroll} * plan.block * w.splits;
+    w.thread_outer = plan.block / w.slots;
+    w.thread_slots = plan.block % w.slots;
+    w.chunk_outer = chunk / w.slots;
+    w.chunk_slots = chunk % w.slots;
+  }
+  if (w.splits > 1) {
+    if (shape.rows) {
+      plan.partial_doubles = w.tiles * (w.splits + w.groups) * sums * w.tile_slots * v;
+      plan.counters = w.tiles * (w.groups + 1);
+    } else {
+      plan.partial_doubles = w.items * sums;
+      plan.counters = groups;
+    }
+    w.branch_partials = plan.partial_doubles;
+    w.branch_counters = plan.counters;
+  }
+  return plan;
+}
+
+// Scratch memory for blocks that share a channel: their sums, and counters that begin at zero.
+inline cudaError_t allocate_scratch(SumsPlan& plan, int branches, const Launch& launch) {
+  if (plan.counters == 0) return cudaSuccess;
+  const int64_t sums = plan.partial_doubles * branches * static_cast<int64_t>(sizeof(double));
+  const int64_t counters = plan.counters * branches * static_cast<int64_t>(sizeof(unsigned));
+  char* scratch = static_cast<char*>(launch.allocate(sums + counters));
+  plan.walk.partials = reinterpret_cast<double*>(scratch);
+  plan.walk.arrived = reinterpret_cast<unsigned*>(scratch + sums);
+  return cudaMemsetAsync(plan.walk.arrived, 0, static_cast<size_t>(counters), launch.stream);
+}
+
+}  // namespace resnet_fused::cuda

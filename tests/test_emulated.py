@@ -1,0 +1,48 @@
+"""What the emulator shows beyond values: the same bits in any order of blocks and warps."""
+
+import oracle
+import pytest
+import torch
+
+from resnet_fused.ops import library
+
+pytestmark = pytest.mark.skipif(
+    "config.getoption('--backend') != 'emulated'", reason="about the emulated library: `make test-emulated`"
+)
+
+# Shapes that many blocks share, by channels, by planes and by rows; C and H·W on and off the vector widths.
+SHAPES = ((8, 3, 56, 56), (4, 64, 28, 28), (2, 65, 27, 29), (32, 129, 7, 7), (16, 1025, 1, 1), (1, 1, 301, 301))
+
+
+def test_the_emulated_library_serves_the_cpu():
+    assert library.EMULATED
+    assert library.cpu_capability() == "none"
+    assert library.cuda_architectures() == "8.0+PTX"
+    assert str(library.path("_cpu")) not in torch.ops.loaded_libraries
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("form", oracle.FORMS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_any_order_of_blocks_gives_the_same_bits(shape, form, layout, training, device):
+    import cuda_on_cpu
+
+    dtype = torch.bfloat16 if training else torch.float32
+    case = oracle.make_case(shape, dtype, device, form, training, layout)
+    expected = oracle.fused(case)
+    for seed in (1, 2):
+        with cuda_on_cpu.settings(seed=seed):
+            for name, value in oracle.fused(case).items():
+                assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_any_number_of_threads_gives_the_same_bits(threads, device):
+    import cuda_on_cpu
+
+    case = oracle.make_case((4, 64, 28, 28), torch.float32, device, "dual_relu", layout="channels_last")
+    expected = oracle.fused(case)
+    with cuda_on_cpu.settings(threads=threads):
+        for name, value in oracle.fused(case).items():
+            assert torch.equal(value, expected[name]), name
