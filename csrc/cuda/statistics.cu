@@ -4,6 +4,7 @@
 // shift amid the channel's own, which every block of a channel reads for itself. The last block of a channel writes its statistics and
 // updates the running ones.
 #include "cuda/sums.cuh"
+#include "cuda/tile.cuh"
 
 namespace resnet_fused::cuda {
 
@@ -11,16 +12,24 @@ namespace {
 
 using Kernel = void(StatisticsArguments, SumsWalk);
 
-template <typename T>
-__device__ __forceinline__ Compute<T> shift_of(const T* input, const Shape& shape, int64_t channel) {
-  if (shape.count() == 0) return 0;
-  const int64_t count = shape.rows ? shape.count() : shape.positions;
-  const int64_t step = shape.rows ? shape.channels : 1;
-  const T* from = input + (shape.rows ? channel : channel * shape.positions);
-  Compute<T> v[5];
+// The shift of a channel of planes, or of V channels of rows, from five values of each. They lie far from each other, and are read in
+// whole accesses.
+template <typename T, int V, bool kRows>
+__device__ __forceinline__ void shifts_of(const void* input, const Shape& shape, int64_t channel, Compute<T>* shifts) {
+  const int64_t last = (kRows ? shape.count() : shape.positions) - 1;
+  Pack<T, V> values[5];
+  if (shape.count() != 0) {
 #pragma unroll
-  for (int i = 0; i < 5; ++i) v[i] = number(from[(count - 1) * i / 4 * step]);
-  return shift_amid(v);
+    for (int i = 0; i < 5; ++i) {
+      const int64_t at = last * i / 4;
+      values[i].load(input, kRows ? channel + at * shape.channels : channel * shape.positions + at / V * V);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < (kRows ? V : 1); ++i) {
+    const Compute<T> v[5] = {values[0][i], values[1][i], values[2][i], values[3][i], values[4][i]};
+    shifts[i] = shift_amid(v);
+  }
 }
 
 template <typename C>
@@ -45,8 +54,33 @@ __device__ __forceinline__ void finish_channel(const StatisticsBranch& b, const 
   }
 }
 
-// blockIdx.y is the branch.
-__device__ __forceinline__ SumsWalk of_branch(SumsWalk w) {
+// blockIdx.y is the branch. Its arguments are chosen value by value: chosen by address, they would be read through a register.
+template <typename V>
+__device__ __forceinline__ V pick(V first, V second) {
+  return blockIdx.y == 0 ? first : second;
+}
+
+template <typename Vector>
+__device__ __forceinline__ Vector pick_vector(const Vector& first, const Vector& second) {
+  return {pick(first.data, second.data), pick(first.stride, second.stride), pick(first.dtype, second.dtype)};
+}
+
+__device__ __forceinline__ StatisticsBranch branch_of(const StatisticsArguments& a) {
+  const StatisticsBranch &f = a.first, &s = a.second;
+  return {pick(f.input, s.input),
+          pick(f.eps, s.eps),
+          pick(f.mean, s.mean),
+          pick(f.var, s.var),
+          pick(f.invstd, s.invstd),
+          pick_vector(f.running_mean, s.running_mean),
+          pick_vector(f.running_var, s.running_var),
+          pick(f.momentum, s.momentum),
+          pick_vector(f.weight, s.weight),
+          pick_vector(f.bias, s.bias),
+          pick(f.table, s.table)};
+}
+
+__device__ __forceinline__ SumsWalk walk_of_branch(SumsWalk w) {
   if (blockIdx.y == 1) {
     w.partials += w.branch_partials;
     w.arrived += w.branch_counters;
@@ -68,11 +102,18 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_statistics_planes_kernel(c
                                                                                const SumsWalk walk) {
   using C = Compute<T>;
   constexpr int U = kUnroll<V>;
-  const SumsWalk w = of_branch(walk);
-  const T* input = static_cast<const T*>(blockIdx.y == 0 ? a.first.input : a.second.input);
+  const SumsWalk w = walk_of_branch(walk);
+  const void* input = pick(a.first.input, a.second.input);
+  __shared__ C shared;
   C shift = 0;
   sum_planes<T, kSums, V, U, kCompensated<T>>(
-      w, [&](int64_t channel) { shift = shift_of(input, a.shape, channel); },
+      w,
+      [&](int64_t channel) {
+        // One thread for all, as the others would ask for the same.
+        if (threadIdx.x == 0) shifts_of<T, V, false>(input, a.shape, channel, &shared);
+        __syncthreads();
+        shift = shared;
+      },
       [&](const Place(&p)[U], PlaneGroups<T, kSums, V, U, kCompensated<T>>& groups) {
         Pack<T, V> x[U];
 #pragma unroll
@@ -90,7 +131,7 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_statistics_planes_kernel(c
         }
       },
       [&](int64_t channel, const double (&sums)[kSums]) {
-        finish_channel(blockIdx.y == 0 ? a.first : a.second, a.shape, channel, shift, sums[0], sums[1]);
+        finish_channel(branch_of(a), a.shape, channel, shift, sums[0], sums[1]);
       });
 }
 
@@ -104,17 +145,20 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_statistics_rows_kernel(con
                                                                              const SumsWalk walk) {
   using C = Compute<T>;
   constexpr int U = kRowUnroll<V, V * sizeof(T)>;
-  const SumsWalk w = of_branch(walk);
-  const T* input = static_cast<const T*>(blockIdx.y == 0 ? a.first.input : a.second.input);
+  const SumsWalk w = walk_of_branch(walk);
+  const void* input = pick(a.first.input, a.second.input);
+  __shared__ C shared[kTileChannels];
   C shift[V];
   sum_rows<T, kSums, V, U, kCompensated<T>>(
       w,
       [&](int64_t first, int channels) {
-        const int column = threadIdx.x % w.tile_slots;
+        // The first row of threads for all.
+        const int own = threadIdx.x * V;
+        if (own < channels) shifts_of<T, V, true>(input, a.shape, first + own, &shared[own]);
+        __syncthreads();
+        const int column = threadIdx.x % w.tile_slots * V;
 #pragma unroll
-        for (int i = 0; i < V; ++i) {
-          shift[i] = column * V + i < channels ? shift_of(input, a.shape, first + column * V + i) : C(0);
-        }
+        for (int i = 0; i < V; ++i) shift[i] = column < channels ? shared[column + i] : C(0);
       },
       [&](const Place(&p)[U], int, RowGroups<T, kSums, V, kCompensated<T>>& groups) {
         Pack<T, V> x[U];
@@ -133,8 +177,7 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_statistics_rows_kernel(con
         }
       },
       [&](int64_t channel, const double (&sums)[kSums]) {
-        finish_channel(blockIdx.y == 0 ? a.first : a.second, a.shape, channel, shift_of(input, a.shape, channel),
-                       sums[0], sums[1]);
+        finish_channel(branch_of(a), a.shape, channel, shared[channel % (w.tile_slots * V)], sums[0], sums[1]);
       });
 }
 

@@ -225,7 +225,7 @@ struct ThreadSums {
     volatile double* to = own + (k * V + i) * kThreads;
     *to = *to + term;
   }
-  __device__ __forceinline__ const double* of_thread(int thread) const { return own - threadIdx.x + thread; }
+  __device__ __forceinline__ double* of_thread(int thread) const { return own - threadIdx.x + thread; }
   __device__ __forceinline__ void clear() const {
 #pragma unroll
     for (int j = 0; j < K * V; ++j) own[j * kThreads] = 0;
@@ -281,20 +281,22 @@ __device__ __forceinline__ bool merge_tile(const SumsWalk& w, const ThreadSums<K
       }
     }
   };
+  // Threads of a row read one channel each, as it lies, and leave the sums where sum_over_rows looks for them.
+  const int rows = static_cast<int>(blockDim.x) / width, row = threadIdx.x / width, i = threadIdx.x - row * width;
   const auto merge = [&](int64_t first, int64_t count) {
-    sums.clear();
-    if (own.row < w.tile_rows) {
-#pragma unroll 1
-      for (int64_t s = own.row; s < count; s += w.tile_rows) {
-#pragma unroll 1
-        for (int k = 0; k < K; ++k) {
-          const double* from = partials + ((first + s) * K + k) * width + own.column * V;
+    double total[K] = {};
+    if (row < rows) {
+#pragma unroll 2
+      for (int64_t s = row; s < count; s += rows) {
 #pragma unroll
-          for (int i = 0; i < V; ++i) sums.at(k, i) += from[i];
-        }
+        for (int k = 0; k < K; ++k) total[k] += partials[((first + s) * K + k) * width + i];
+      }
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+        sums.of_thread(row * w.tile_slots + i / V)[(k * V + i % V) * kThreads] = total[k];
       }
     }
-    sum_over_rows(sums, own.row, w.tile_rows, w.tile_slots);
+    sum_over_rows(sums, own.row, rows, w.tile_slots);
   };
   const int64_t group = own.split / w.group_splits, first = group * w.group_splits, left = w.splits - first;
   const int64_t members = left < w.group_splits ? left : w.group_splits;
@@ -385,7 +387,8 @@ inline SumsPlan plan_sums(const Shape& shape, int sums, int v, int unroll, int g
   int64_t groups = 0;
   if (shape.rows) {
     w.outer = shape.runs();
-    w.tiles = divide_up(w.slots, kThreads / v);
+    // Tiles of whole sectors and more, but narrow, so that a block sees many rows: what it writes for its channels is then little.
+    w.tiles = divide_up(w.slots, v > 1 ? 8 : 128);
     w.tile_slots = static_cast<int32_t>(divide_up(w.slots, w.tiles));
     w.tile_rows = kThreads / w.tile_slots;
     w.chunks = divide_up(w.outer, int64_t{group} * w.tile_rows);
