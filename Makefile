@@ -121,7 +121,7 @@ test-emulated: $(BUILT)
 	  $(EMULATE) $(BIN)/python -m pytest -n 2 -q -r f --backend emulated --sample $$order/5 $(ORDERED_TESTS) $(ARGS); done)
 
 traffic: emulated
-	$(EMULATE) $(BIN)/python tools/traffic.py $(ARGS)
+	$(subst THREADS=1,THREADS=$(shell nproc),$(EMULATE)) $(BIN)/python tools/traffic.py $(ARGS)
 
 static: $(BUILT)
 	$(BIN)/python tools/static_checks.py $(ARGS)

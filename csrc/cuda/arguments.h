@@ -139,6 +139,12 @@ cudaError_t launch_add_relu(Dtype dtype, const void* input, const void* residual
 cudaError_t launch_add_relu_backward(Dtype dtype, const void* grad_output, const uint8_t* mask, void* grad_input,
                                      int64_t numel, const Launch& launch);
 
+// Both passes of a training forward or backward of one branch in one launch, the inputs staying on chip between them; false where the
+// tensor does not fit or is not aligned, and then nothing has been launched.
+bool launch_on_chip_forward(Dtype dtype, const StatisticsArguments& statistics, const ForwardArguments& forward,
+                            const Launch& launch, cudaError_t& error);
+bool launch_on_chip_backward(Dtype dtype, const ReduceArguments& reduce, const Launch& launch, cudaError_t& error);
+
 struct RunningArguments {
   ChannelOutput running_mean, running_var;
   ChannelVector mean, var;

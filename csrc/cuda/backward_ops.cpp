@@ -1,7 +1,7 @@
 // Backward operators on CUDA.
 //
 // Two launches: a pass that reduces (reduce.cu) and one that applies (backward.cu), or one of them where nothing of the other is asked for,
-// such as gradients of weight and bias with constant statistics.
+// such as gradients of weight and bias with constant statistics. One launch makes both passes where the tensors fit on chip (on_chip.cuh).
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -68,6 +68,10 @@ struct Gradients {
       sums.read_input = (first && slopes) || sums.grad_weight.data || g.keep == KeepFrom::kInput;
       sums.read_input2 = (second && slopes) || sums.grad_weight2.data;
       if (slopes) backward.table = sums.table = call.new_table(x);
+      cudaError_t error = cudaSuccess;
+      if (slopes && !g.two && on_chip_wanted() && launch_on_chip_backward(dtype, sums, call.launch(), error)) {
+        return call.check(error);
+      }
       call.check(launch_reduce(dtype, sums, call.launch()));
     }
     backward.gradient = g;

@@ -142,8 +142,42 @@ __device__ __forceinline__ bool is_last_block(unsigned* arrived, int64_t splits)
   return result;
 }
 
-// Planes: a block owns the chunks s, s + splits, ... of one channel, so that all blocks go through the batch together and the L2 keeps its
-// end.
+// The places of the chunks split, split + splits, ... of a channel of planes, U a thread at once: f(places).
+template <int V, int U, typename F>
+__device__ __forceinline__ void each_place_of_planes(const SumsWalk& w, int64_t channel, int64_t split, const F& f) {
+  const int64_t first = split * (int64_t{U} * blockDim.x) + threadIdx.x;
+  int64_t outer = first / w.slots;
+  int64_t slot = first - outer * w.slots;
+#pragma unroll 1
+  for (int64_t chunk = split; chunk < w.chunks; chunk += w.splits) {
+    Place p[U];
+    int64_t n = outer, s = slot;
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      const int64_t run = n * w.channels + channel;
+      p[u].active = n < w.outer;
+      p[u].at = run * w.inner + s * V;
+      p[u].byte = run * w.mask_bytes + s * V / 8;
+      p[u].bit = static_cast<int>(s * V % 8);
+      n += w.thread_outer;
+      s += w.thread_slots;
+      if (s >= w.slots) {
+        s -= w.slots;
+        ++n;
+      }
+    }
+    f(p);
+    outer += w.chunk_outer;
+    slot += w.chunk_slots;
+    if (slot >= w.slots) {
+      slot -= w.slots;
+      ++outer;
+    }
+  }
+}
+
+// Planes: a block owns chunks of one channel after the other. They are interleaved with those of the channel's other blocks, so that all
+// blocks go through the batch together and the L2 keeps its end.
 //   begin(channel): the block prepares constants of the channel
 //   terms(places, groups): adds the terms of U accesses
 //   finish(channel, sums): the first thread of the last block
@@ -155,27 +189,7 @@ __device__ __forceinline__ void sum_planes(const SumsWalk& w, const Begin& begin
     const int64_t channel = item % w.channels, split = item / w.channels;
     begin(channel);
     double sums[K] = {};
-    const int64_t first = split * (int64_t{U} * blockDim.x) + threadIdx.x;
-    int64_t outer = first / w.slots;
-    int64_t slot = first - outer * w.slots;
-#pragma unroll 1
-    for (int64_t chunk = split; chunk < w.chunks; chunk += w.splits) {
-      Place p[U];
-      int64_t n = outer, s = slot;
-#pragma unroll
-      for (int u = 0; u < U; ++u) {
-        const int64_t run = n * w.channels + channel;
-        p[u].active = n < w.outer;
-        p[u].at = run * w.inner + s * V;
-        p[u].byte = run * w.mask_bytes + s * V / 8;
-        p[u].bit = static_cast<int>(s * V % 8);
-        n += w.thread_outer;
-        s += w.thread_slots;
-        if (s >= w.slots) {
-          s -= w.slots;
-          ++n;
-        }
-      }
+    each_place_of_planes<V, U>(w, channel, split, [&](const Place(&p)[U]) {
       PlaneGroups<T, K, V, U, kCompensated> groups;
       terms(p, groups);
 #pragma unroll
@@ -183,13 +197,7 @@ __device__ __forceinline__ void sum_planes(const SumsWalk& w, const Begin& begin
 #pragma unroll
         for (int i = 0; i < kGroups; ++i) sums[k] += groups.of[k][i].total();
       }
-      outer += w.chunk_outer;
-      slot += w.chunk_slots;
-      if (slot >= w.slots) {
-        slot -= w.slots;
-        ++outer;
-      }
-    }
+    });
     sum_over_block<K>(sums);
     if (w.splits > 1) {
       double* partial = w.partials + channel * w.splits * K;
@@ -225,7 +233,7 @@ struct ThreadSums {
     volatile double* to = own + (k * V + i) * kThreads;
     *to = *to + term;
   }
-  __device__ __forceinline__ const double* of_thread(int thread) const { return own - threadIdx.x + thread; }
+  __device__ __forceinline__ double* of_thread(int thread) const { return own - threadIdx.x + thread; }
   __device__ __forceinline__ void clear() const {
 #pragma unroll
     for (int j = 0; j < K * V; ++j) own[j * kThreads] = 0;
@@ -264,6 +272,8 @@ struct RowsOwner {
     row = static_cast<int>(thread) / w.tile_slots;
     column = static_cast<int>(thread) - row * w.tile_slots;
   }
+  __device__ __forceinline__ int64_t slot(const SumsWalk& w) const { return int64_t{tile} * w.tile_slots + column; }
+  __device__ __forceinline__ bool has_values(const SumsWalk& w) const { return row < w.tile_rows && slot(w) < w.slots; }
 };
 
 // Puts the sums of a tile's blocks together, in the last of them; false in every other. Blocks are counted in groups first, for a single
@@ -281,20 +291,22 @@ __device__ __forceinline__ bool merge_tile(const SumsWalk& w, const ThreadSums<K
       }
     }
   };
+  // Threads of a row read one channel each, as it lies, and leave the sums where sum_over_rows looks for them.
+  const int rows = static_cast<int>(blockDim.x) / width, row = threadIdx.x / width, i = threadIdx.x - row * width;
   const auto merge = [&](int64_t first, int64_t count) {
-    sums.clear();
-    if (own.row < w.tile_rows) {
-#pragma unroll 1
-      for (int64_t s = own.row; s < count; s += w.tile_rows) {
-#pragma unroll 1
-        for (int k = 0; k < K; ++k) {
-          const double* from = partials + ((first + s) * K + k) * width + own.column * V;
+    double total[K] = {};
+    if (row < rows) {
+#pragma unroll 2
+      for (int64_t s = row; s < count; s += rows) {
 #pragma unroll
-          for (int i = 0; i < V; ++i) sums.at(k, i) += from[i];
-        }
+        for (int k = 0; k < K; ++k) total[k] += partials[((first + s) * K + k) * width + i];
+      }
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+        sums.of_thread(row * w.tile_slots + i / V)[(k * V + i % V) * kThreads] = total[k];
       }
     }
-    sum_over_rows(sums, own.row, w.tile_rows, w.tile_slots);
+    sum_over_rows(sums, own.row, rows, w.tile_slots);
   };
   const int64_t group = own.split / w.group_splits, first = group * w.group_splits, left = w.splits - first;
   const int64_t members = left < w.group_splits ? left : w.group_splits;
@@ -306,6 +318,20 @@ __device__ __forceinline__ bool merge_tile(const SumsWalk& w, const ThreadSums<K
   if (!is_last_block(arrived + w.groups, w.groups)) return false;
   merge(w.splits, w.groups);
   return true;
+}
+
+// The places of rows g, ..., g + U - 1 of a thread's group in a chunk.
+template <typename T, int V, int U>
+__device__ __forceinline__ void places_of_rows(const SumsWalk& w, int64_t slot, int row, bool has_values, int chunk,
+                                               int g, Place (&p)[U]) {
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+    const int64_t r = (int64_t{chunk} * kGroup<T> + g + u) * w.tile_rows + row;
+    p[u].active = has_values && r < w.outer;
+    p[u].at = r * w.inner + slot * V;
+    p[u].byte = r * w.mask_bytes + slot * V / 8;
+    p[u].bit = static_cast<int>(slot * V % 8);
+  }
 }
 
 // Rows: see RowsOwner. A thread adds a group of rows at a time.
@@ -327,23 +353,16 @@ __device__ __forceinline__ void sum_rows(const SumsWalk& w, const Begin& begin, 
     begin(int64_t{own.tile} * w.tile_slots * V, channels_of(own.tile));
     sums.clear();
     __syncthreads();
-    const int64_t slot = int64_t{own.tile} * w.tile_slots + own.column;
-    const bool has_values = own.row < w.tile_rows && slot < w.slots;
+    const int64_t slot = own.slot(w);
+    const bool has_values = own.has_values(w);
 #pragma unroll 1
-    for (int64_t chunk = own.split; chunk < w.chunks; chunk += w.splits) {
+    for (int chunk = own.split; chunk < static_cast<int>(w.chunks); chunk += static_cast<int>(w.splits)) {
       RowGroups<T, K, V, kCompensated> groups;
       // Where one row fills the registers, the loop must not be unrolled either.
 #pragma unroll(U == 1 ? 1 : 2)
       for (int g = 0; g < kRows; g += U) {
         Place p[U];
-#pragma unroll
-        for (int u = 0; u < U; ++u) {
-          const int64_t r = (chunk * kRows + g + u) * w.tile_rows + own.row;
-          p[u].active = has_values && r < w.outer;
-          p[u].at = r * w.inner + slot * V;
-          p[u].byte = r * w.mask_bytes + slot * V / 8;
-          p[u].bit = static_cast<int>(slot * V % 8);
-        }
+        places_of_rows<T, V>(w, slot, own.row, has_values, chunk, g, p);
         terms(p, own.column, groups);
       }
 #pragma unroll
@@ -373,9 +392,10 @@ struct SumsPlan {
   int64_t partial_doubles, counters;  // of one branch
 };
 
-// Enough blocks to fill the device, each with a few chunks to do.
-inline SumsPlan plan_sums(const Shape& shape, int sums, int v, int unroll, int group, const void* kernel,
-                          int branches) {
+// Enough blocks to fill the device, resident(threads, shared bytes), each with a few chunks to do.
+template <typename Resident>
+SumsPlan plan_sums(const Shape& shape, int sums, int v, int unroll, int group, int branches, int64_t least_chunks,
+                   const Resident& resident) {
   SumsPlan plan{};
   SumsWalk& w = plan.walk;
   w.inner = shape.inner();
@@ -385,8 +405,11 @@ inline SumsPlan plan_sums(const Shape& shape, int sums, int v, int unroll, int g
   int64_t groups = 0;
   if (shape.rows) {
     w.outer = shape.runs();
-    w.tiles = divide_up(w.slots, kThreads / v);
-    w.tile_slots = static_cast<int32_t>(divide_up(w.slots, w.tiles));
+    // Tiles of whole sectors and more, but narrow, so that a block sees many rows: what it writes for its channels is then little.
+    w.tiles = divide_up(w.slots, v > 1 ? 8 : 128);
+    // Whole bytes of the mask, for who writes one.
+    w.tile_slots = static_cast<int32_t>(round_up(divide_up(w.slots, w.tiles), v > 1 ? 8 / v : 1));
+    w.tiles = divide_up(w.slots, w.tile_slots);
     w.tile_rows = kThreads / w.tile_slots;
     w.chunks = divide_up(w.outer, int64_t{group} * w.tile_rows);
     plan.block = kThreads;
@@ -400,10 +423,9 @@ inline SumsPlan plan_sums(const Shape& shape, int sums, int v, int unroll, int g
     w.chunks = divide_up(accesses, chunk);
     groups = w.channels;
   }
-  const int64_t resident = resident_blocks(kernel, static_cast<int>(plan.block), plan.shared_bytes);
-  constexpr int64_t kLeastChunks = 2;
-  w.splits = std::clamp<int64_t>(resident / std::max<int64_t>(groups * branches, 1), 1,
-                                 std::max<int64_t>(w.chunks / kLeastChunks, 1));
+  const int64_t blocks = resident(static_cast<int>(plan.block), plan.shared_bytes);
+  w.splits = std::clamp<int64_t>(blocks / std::max<int64_t>(groups * branches, 1), 1,
+                                 std::max<int64_t>(w.chunks / least_chunks, 1));
   w.items = groups * w.splits;
   constexpr int64_t kFew = 32;
   w.group_splits = w.splits <= kFew ? w.splits : kFew;
@@ -428,6 +450,13 @@ inline SumsPlan plan_sums(const Shape& shape, int sums, int v, int unroll, int g
     w.branch_counters = plan.counters;
   }
   return plan;
+}
+
+inline SumsPlan plan_sums(const Shape& shape, int sums, int v, int unroll, int group, int branches,
+                          const void* kernel) {
+  constexpr int64_t kLeastChunks = 2;
+  return plan_sums(shape, sums, v, unroll, group, branches, kLeastChunks,
+                   [&](int threads, int64_t shared_bytes) { return resident_blocks(kernel, threads, shared_bytes); });
 }
 
 // Scratch memory for blocks that share a channel: their sums, and counters that begin at zero.

@@ -79,6 +79,9 @@ class Call {
   std::vector<Tensor> scratch_;
 };
 
+// Whether launches may keep tensors on chip where they fit: not with RESNET_FUSED_ON_CHIP=0, which is read anew with every call.
+bool on_chip_wanted();
+
 // A normalized input of an operator.
 Branch branch_of(const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias);
 inline void take_invstd(Branch& branch, const Tensor& mean, const Tensor& invstd) {
