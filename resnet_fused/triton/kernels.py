@@ -303,10 +303,9 @@ def _update_running(running, stride, channel, known, batch_value, momentum):
 
 @triton.jit
 def _update(
-    running_mean, mean_stride, running_var, var_stride, channel, known, mean, var, momentum: tl.float64, count
+    running_mean, mean_stride, running_var, var_stride, channel, known, mean, var, momentum, count
 ):
     """running = (1 - momentum) running + momentum batch, with the unbiased variance."""
-    momentum = tl.cast(momentum, tl.float64)
     number = tl.cast(count, tl.float64)
     if running_mean is not None:
         _update_running(running_mean, mean_stride, channel, known, mean.to(tl.float64), momentum)
