@@ -47,6 +47,26 @@ def mend() -> None:
     for name in ("create_si_to_fp", "create_ui_to_fp", "create_fp_ext", "create_fp_trunc"):
         setattr(builder, name, cast_impl)
     builder.create_fp_to_fp = lambda self, src, dst_type, rounding: cast_impl(self, src, dst_type)
+    _patch_once(interpreter)
+
+
+def _patch_once(interpreter) -> None:
+    """Has functions that a kernel calls find the language patched: to do it again for each takes half of the time."""
+    patch, patched = interpreter._patch_lang, {}
+
+    class Scope:
+        def restore(self):
+            for scope in reversed(list(patched.values())):
+                scope.restore()
+            patched.clear()
+
+    def patch_once(fn):
+        # The language's own functions see another module than kernels do. Only the kernel's scope is restored.
+        if id(fn.__globals__) not in patched:
+            patched[id(fn.__globals__)] = patch(fn)
+        return Scope()
+
+    interpreter._patch_lang = patch_once
 
 
 def _fma_of_doubles(x, y, z):

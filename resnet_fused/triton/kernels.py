@@ -297,6 +297,8 @@ def _statistics(partials, shifts, splits, channel, known, channels, count, EPS: 
 def _update_running(running, stride, channel, known, batch_value, momentum):
     to = running + channel.to(tl.int64) * stride
     value = (1.0 - momentum) * tl.load(to, mask=known, other=0).to(tl.float64) + momentum * batch_value
+    # Warps that have the same channel have all read it before one of them writes.
+    tl.debug_barrier()
     # Through float32 where the tensor is narrower: a conversion from float64 would not round as torch's does.
     tl.store(to, value if running.dtype.element_ty == tl.float64 else value.to(tl.float32), mask=known)
 
