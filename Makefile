@@ -22,6 +22,7 @@ BIN := $(VENV)/bin
 DEPENDENCIES := $(VENV)/.dependencies
 BUILT := $(VENV)/.built
 OTHER_VENV := build/venv-torch-$(OTHER_TORCH)
+WHEEL_VENV := build/venv-wheel
 EMULATED := build/emulated/_cuda.abi3.so
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 # What runs under another torch: all but the tests that need the checkout, or torchvision, which fits one torch alone.
@@ -37,7 +38,7 @@ ORDERED_TESTS ?= $(addprefix tests/test_,$(addsuffix .py,forward backward determ
 HAVE_EMULATOR := $(wildcard $(EMULATOR))
 EMULATE = $(if $(HAVE_EMULATOR),CUDA_ON_CPU_THREADS=1 OMP_NUM_THREADS=1 RESNET_FUSED_EMULATED=$(EMULATED) $(EMULATOR))
 
-.PHONY: help setup demo test lint pytest bench wheel test-other-torch audit clean emulated test-emulated traffic static gpu-check
+.PHONY: help setup demo test lint pytest bench wheel test-other-torch test-wheel audit clean emulated test-emulated traffic static gpu-check
 
 help:
 	@echo "make setup   install the dependencies into $(VENV) and build the libraries"
@@ -47,6 +48,7 @@ help:
 	@echo "make bench   the benchmarks' short profile (ARGS=--full for all of it)"
 	@echo "make wheel   the cp310-abi3 wheel, in dist"
 	@echo "make test-other-torch  the operators' tests with the wheel under torch $(OTHER_TORCH)"
+	@echo "make test-wheel        the same with the wheel under this torch"
 	@echo "make audit   torch-abi-audit on the libraries"
 	@echo "make emulated       the CUDA library for CPU tensors under the emulator, in build/emulated"
 	@echo "make test-emulated  the operators' tests on it, with its checks of memory, races and initialisation"
@@ -75,21 +77,34 @@ bench: $(BUILT)
 	$(BIN)/python -m pytest benchmarks $(ARGS)
 
 wheel: $(BUILT)
-	rm -rf dist build/lib*
+	rm -rf dist build/lib* build/bdist*
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 	$(BIN)/python tools/check_wheel.py dist/*.whl
 
 # Outside the source tree, so that the package that is tested is the one that was installed.
+define run_operator_tests
+	directory=$$(mktemp -d); trap 'rm -rf "$$directory"' EXIT; cp $(OPERATOR_TESTS) "$$directory"; cd "$$directory"; \
+	unset PYTHONPATH; python=$(CURDIR)/$(1)/bin/python; \
+	$$python -c 'import resnet_fused, sys, torch; path = resnet_fused.__file__; assert path.startswith(sys.prefix), path; \
+	from resnet_fused.ops import library; \
+	print("resnet_fused from", path, "under torch", torch.__version__, "- CUDA library:", library.why_no_cuda() or "loaded")'; \
+	$$python -m pytest $(2) .
+endef
+
 test-other-torch: wheel
 	$(PYTHON) -m venv $(OTHER_VENV)
 	$(OTHER_VENV)/bin/python -m pip install --quiet torch==$(OTHER_TORCH) pytest hypothesis expecttest numpy
 	$(OTHER_VENV)/bin/python -m pip install --quiet --force-reinstall --no-deps dist/*.whl
 	$(OTHER_VENV)/bin/python -m pip install --quiet tabulate
-	directory=$$(mktemp -d); trap 'rm -rf "$$directory"' EXIT; cp $(OPERATOR_TESTS) "$$directory"; cd "$$directory"; \
-	unset PYTHONPATH; python=$(CURDIR)/$(OTHER_VENV)/bin/python; \
-	$$python -c 'import resnet_fused, sys, torch; path = resnet_fused.__file__; assert path.startswith(sys.prefix), path; \
-	print("resnet_fused from", path, "under torch", torch.__version__)'; \
-	$$python -m pytest .
+	$(call run_operator_tests,$(OTHER_VENV))
+
+# An environment of its own for the wheel; torch, of several GB, is that of $(VENV).
+test-wheel: wheel
+	$(BIN)/python -m venv --clear $(WHEEL_VENV)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+	  $$($(WHEEL_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch.pth
+	$(WHEEL_VENV)/bin/python -m pip install --quiet --force-reinstall --no-deps dist/*.whl
+	$(call run_operator_tests,$(WHEEL_VENV),-n 2)
 
 audit: $(BUILT)
 	$(BIN)/python -m pip install --quiet torch-abi-audit==0.3.0
@@ -100,13 +115,13 @@ emulated: $(BUILT)
 
 # One thread a process, two processes: launches of the tests are too small to share. The last runs are samples, for time.
 test-emulated: $(BUILT)
-	$(if $(HAVE_EMULATOR),$(MAKE) --no-print-directory emulated)
+	$(if $(HAVE_EMULATOR),$(BIN)/python tools/cuda_build.py --emulated $(EMULATED))
 	$(EMULATE) $(BIN)/python -m pytest -n 2 --backend emulated $(EMULATED_TESTS) $(ARGS)
 	$(if $(HAVE_EMULATOR),for order in $(ORDERS); do CUDA_ON_CPU_SEED=$$order \
 	  $(EMULATE) $(BIN)/python -m pytest -n 2 -q -r f --backend emulated --sample $$order/5 $(ORDERED_TESTS) $(ARGS); done)
 
 traffic: emulated
-	$(EMULATE) $(BIN)/python tools/traffic.py $(ARGS)
+	$(subst THREADS=1,THREADS=$(shell nproc),$(EMULATE)) $(BIN)/python tools/traffic.py $(ARGS)
 
 static: $(BUILT)
 	$(BIN)/python tools/static_checks.py $(ARGS)

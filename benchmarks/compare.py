@@ -30,8 +30,9 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from resnet_fused.doctor import serves
-from resnet_fused.measure import cpu_name, in_turn, median_ratio
+from resnet_fused.measure import in_turn, median_ratio
 
+from . import device
 from .networks import Network
 from .operator import LAYOUTS, VARIANTS, Case, Operator
 from .shapes import KINDS, Site, as_residual, sites
@@ -101,7 +102,7 @@ def _operator(case: Case, count: int, backward: bool, options: argparse.Namespac
     with torch.set_grad_enabled(case.training):
         operator.check(backward and case.training)
         calls_of = [operator.call(variant, backward) for variant in options.variants]
-        samples = in_turn(calls_of, options.seconds, options.minimum_rounds, options.rounds, calls)
+        samples = in_turn(calls_of, options.seconds, options.minimum_rounds, options.rounds, calls, device.clock())
     sizes = {variant: case.bytes(variant, backward) for variant in options.variants}
     return Comparison(str(case), dict(zip(options.variants, samples, strict=True)), count, sizes)
 
@@ -118,7 +119,7 @@ def network(options: argparse.Namespace) -> Iterator[Comparison]:
     )
     made.check()
     calls = [made.call(variant) for variant in options.variants]
-    samples = in_turn(calls, options.seconds, options.minimum_rounds, options.rounds)
+    samples = in_turn(calls, options.seconds, options.minimum_rounds, options.rounds, clock=device.clock())
     name = f"{options.model} {options.batch}x3x{options.image_size}x{options.image_size}"
     yield Comparison(name, dict(zip(options.variants, samples, strict=True)))
 
@@ -146,7 +147,7 @@ def write_csv(path: str, comparisons: list[Comparison], options: argparse.Namesp
             for variant, times in comparison.samples.items():
                 deciles = statistics.quantiles(times, n=10)
                 quantiles = [f"{value:.6g}" for value in (deciles[1], deciles[4], deciles[7])]
-                where = (options.threads, cpu_name(), torch.__version__)
+                where = (options.threads, device.name(), torch.__version__)
                 writer.writerow(
                     (comparison.name, variant, options.layout, options.dtype, *quantiles, len(times), *where)
                 )
@@ -158,6 +159,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     what.add_argument("--model", help="a torchvision ResNet: compare its training step in place of the operator")
     what.add_argument("--host", action="store_true", help="the operator on a 2x8x2x2 tensor")
     parser.add_argument("--shapes", default="resnet50", help="the network whose sites are taken (default: %(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     parser.add_argument("--kind", choices=KINDS, help="sites of one kind; residual: every shape, with a residual")
     parser.add_argument("--batch", type=int, default=8, help="default: %(default)s")
     parser.add_argument("--layout", choices=LAYOUTS, default="nchw", help="default: %(default)s")
@@ -181,14 +183,15 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Prints one table; returns 1 where the compiled kernels do not serve, for then nothing fused is compared."""
     options = _parse(arguments)
+    device.choose(options.device)
     torch.set_num_threads(options.threads)
-    served_by, reason = serves(torch.device("cpu"))
+    served_by, reason = serves(device.chosen())
     if served_by != "compiled":
         print(f"there is nothing fused to compare: {reason}", file=sys.stderr)
         return 1
     mode = "inference" if options.inference else "training forward" if options.forward else "training"
     print(
-        f"{cpu_name()}, {options.threads} threads, torch {torch.__version__}; {mode}, {options.layout}, "
+        f"{device.name()}, {options.threads} threads, torch {torch.__version__}; {mode}, {options.layout}, "
         f"{options.dtype}; medians, alternatives in turn"
     )
     chosen = host if options.host else network if options.model else operators

@@ -11,6 +11,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from resnet_fused import fuse
 
+from . import device
 from .check import assert_no_worse, assert_same_training_step
 from .operator import LAYOUTS
 
@@ -49,10 +50,10 @@ class Network:
         generator = torch.Generator().manual_seed(seed)
         self.memory_format = LAYOUTS[layout]
         self.training, self.dtype = training, dtype
-        model = model.to(dtype, memory_format=self.memory_format).train(training)
+        model = model.to(device.chosen(), dtype, memory_format=self.memory_format).train(training)
         images = torch.randn(shape, generator=generator)
-        self.images = images.to(dtype, memory_format=self.memory_format)
-        self.labels = torch.randint(10, shape[:1], generator=generator)
+        self.images = images.to(device.chosen(), dtype, memory_format=self.memory_format)
+        self.labels = torch.randint(10, shape[:1], generator=generator).to(device.chosen())
         self.models = {"eager": model, "fused": fuse(copy.deepcopy(model)), "compile": copy.deepcopy(model)}
 
     @classmethod

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from resnet_fused.functional import batch_norm_add_relu, dual_batch_norm_add_relu
 
+from . import device
 from .check import assert_no_worse
 from .shapes import Site
 
@@ -73,14 +74,15 @@ class Operator:
 
         def full() -> Tensor:
             values = torch.randn(case.shape, generator=generator)
-            return values.to(case.dtype, memory_format=LAYOUTS[case.layout])
+            return values.to(device.chosen(), case.dtype, memory_format=LAYOUTS[case.layout])
 
         def branch() -> tuple[Tensor, ...]:
             x = full().requires_grad_(case.training)
-            weight = (torch.rand(channels, generator=generator, dtype=parameters) + 0.5).requires_grad_(case.training)
-            bias = torch.randn(channels, generator=generator, dtype=parameters).requires_grad_(case.training)
+            weight = torch.rand(channels, generator=generator, dtype=parameters) + 0.5
+            bias = torch.randn(channels, generator=generator, dtype=parameters)
             running = torch.zeros(channels, dtype=parameters), torch.ones(channels, dtype=parameters)
-            return x, *running, weight, bias
+            running_mean, running_var, weight, bias = (v.to(device.chosen()) for v in (*running, weight, bias))
+            return x, running_mean, running_var, *(v.requires_grad_(case.training) for v in (weight, bias))
 
         self.main = branch()
         self.shortcut = branch() if case.site.kind == "dual" else None
@@ -118,6 +120,10 @@ class Operator:
 
     def forward(self, variant: str) -> Callable[[], Tensor]:
         """The forward of a variant, ready to be called."""
+        if variant == "apex":
+            from . import apex_operator
+
+            return apex_operator.forward(self)
         return {"eager": lambda: self.eager, "fused": lambda: self.fused, "compile": self.compiled}[variant]()
 
     def call(self, variant: str, backward: bool) -> Callable[[], object]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from . import apex_operator, device
 from .operator import LAYOUTS, VARIANTS, Case, Operator
 from .shapes import Site, sites
 
@@ -11,14 +12,18 @@ SHORT = [Site(256, 56, 56, "residual"), Site(64, 112, 112, "relu"), Site(2048, 7
 
 
 def _cases(full: bool) -> list[Case]:
+    if device.chosen().type == "cuda":
+        # The dtypes that GPUs train in; float16 channels_last is what apex has.
+        dtypes, batches = (torch.bfloat16, torch.float16, torch.float32), (32, 256)
+    else:
+        dtypes, batches = (torch.float32, torch.bfloat16), (8, 32)
     if not full:
-        return [Case(site, 8, layout) for site in SHORT for layout in LAYOUTS]
+        return [Case(site, batches[0], layout, dtypes[0]) for site in SHORT for layout in LAYOUTS]
     found = sorted({*sites("resnet18"), *sites("resnet50")}, reverse=True)
-    dtypes = (torch.float32, torch.bfloat16)
     return [
         Case(site, batch, layout, dtype)
         for site in found
-        for batch in (8, 32)
+        for batch in batches
         for layout in LAYOUTS
         for dtype in dtypes
     ]
@@ -37,6 +42,8 @@ def pytest_generate_tests(metafunc):
         for variant in VARIANTS
         if full or variant != "compile" or number == 0
     ]
+    if device.has_apex():
+        pairs += [(case, "apex") for case in _cases(full) if case.dtype == torch.float16]
     metafunc.parametrize(("case", "variant"), pairs, ids=[f"{_name(case)}-{variant}" for case, variant in pairs])
 
 
@@ -59,5 +66,7 @@ def operator():
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
 def test_operator(case, variant, backward, operator, run):
     """Forward, or forward and backward."""
+    if variant == "apex" and not apex_operator.suits(operator(case)):
+        pytest.skip("apex has float16 channels_last without a second batch norm only")
     group = f"{_name(case)}, {'forward+backward' if backward else 'forward'}"
     run(operator(case).call(variant, backward), group, case.bytes(variant, backward))

@@ -76,6 +76,7 @@ def in_turn(
     minimum_rounds: int = 10,
     rounds: int | None = None,
     calls: int = 1,
+    clock: Callable[..., float] = seconds,
 ) -> list[list[float]]:
     """Seconds per call of each function, measured in turn (A, B, A, B, ...): noise disturbs all alike.
 
@@ -84,17 +85,18 @@ def in_turn(
         budget: seconds for all rounds together; there are as many as fit, but no fewer than ``minimum_rounds``.
         rounds: their exact number, in place of the budget.
         calls: calls in each timed stretch, for functions too short to time alone.
+        clock: seconds per call of a function over so many calls, such as :func:`seconds`.
     """
     for function in functions:
         function()
-    one_round = sum(seconds(function, calls) * calls for function in functions)
+    one_round = sum(clock(function, calls) * calls for function in functions)
     if rounds is None:
         rounds = max(minimum_rounds, min(1000, int(budget / one_round)))
     samples: list[list[float]] = [[] for _ in functions]
     with without_garbage_collection():
         for _ in range(rounds):
             for function, times in zip(functions, samples, strict=True):
-                times.append(seconds(function, calls))
+                times.append(clock(function, calls))
     return samples
 
 

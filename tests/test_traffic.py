@@ -11,6 +11,7 @@ import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TOOL = ROOT / "tools" / "traffic.py"
+KERNELS = ROOT / "csrc" / "cuda"
 if not TOOL.is_file():
     pytest.skip("needs the checkout", allow_module_level=True)
 sys.path.insert(0, str(TOOL.parent))
@@ -57,11 +58,14 @@ def _counted(*arguments):
 @pytest.mark.parametrize("on_chip", ["0", "1"], ids=["streaming", "on chip"])
 def test_operators_move_what_they_promise(on_chip, dtype, layout):
     """The tool fails where a count is not at the formula for its number of launches, and says which."""
+    if on_chip == "1" and not any("RESNET_FUSED_ON_CHIP" in path.read_text() for path in KERNELS.iterdir()):
+        pytest.skip("the library has no variant on chip")
     lines = _counted("--quick", "--on-chip", on_chip, "--dtype", dtype, "--layout", layout)
     assert {(line["operator"], line["direction"]) for line in lines} == set(traffic.PASSES)
     for line in lines:
         assert line["launches"] <= 2
-        assert line["wide"] > 0.85, line
+        # All but the mask and the vectors of one value a channel.
+        assert line["wide_stores"] > 0.9, line
         if line["operator"] == "bn_add_relu" and line["direction"] != "eval":
             assert line["on_chip"] == (on_chip == "1"), line
 

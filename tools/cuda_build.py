@@ -57,8 +57,9 @@ rule stub
 
 
 def sources() -> list[pathlib.Path]:
-    """What the library is compiled from."""
-    return sorted([*(CSRC / "cuda").glob("*.cu"), *(CSRC / "cuda").glob("*.cpp")])
+    """What the library is compiled from, the largest first: they take longest."""
+    found = [*(CSRC / "cuda").glob("*.cu"), *(CSRC / "cuda").glob("*.cpp")]
+    return sorted(found, key=lambda path: (path.suffix != ".cu", -path.stat().st_size, path.name))
 
 
 def library(output: pathlib.Path, directory: pathlib.Path, emulated: bool = False) -> str:
@@ -75,7 +76,7 @@ def library(output: pathlib.Path, directory: pathlib.Path, emulated: bool = Fals
         flags = [*EMULATED_FLAGS, "-gencode", f"arch=compute_{code},code=compute_{code}"]
     else:
         wanted = cuda_toolkit.architectures(toolkit)
-        flags = cuda_toolkit.gencode(wanted)
+        flags = [*_compression(toolkit), *cuda_toolkit.gencode(wanted)]
     directory.mkdir(parents=True, exist_ok=True)
     output.parent.mkdir(parents=True, exist_ok=True)
     script = directory / "build.ninja"
@@ -86,6 +87,11 @@ def library(output: pathlib.Path, directory: pathlib.Path, emulated: bool = Fals
     ninja = [shutil.which("ninja")] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]
     subprocess.run([*ninja, "-f", script, "-j", jobs], cwd=ROOT, check=True)
     return f"{toolkit}, for {cuda_toolkit.described(wanted)}"
+
+
+def _compression(toolkit: cuda_toolkit.Toolkit) -> list[str]:
+    """Code for seven architectures is four times smaller so; drivers of CUDA 13 can all read it."""
+    return ["--compress-mode=size"] if toolkit.version >= (13, 0) else ["-Xfatbin -compress-all"]
 
 
 def _script(

@@ -16,32 +16,34 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS add_relu_forward_kernel(const void* i
                                                                    void* output, uint8_t* mask, const Walk w) {
   using C = Compute<T>;
   constexpr int U = kUnroll;
-  walk_planes<C, 1, V, U>(w, [](int64_t, C*) {}, [&](const Places<U>& p, const auto&) {
-    Pack<T, V> x[U], r[U];
+  walk_planes<C, 1, V, U>(
+      w, [](int64_t, C*) {},
+      [&](const Places<U>& p, const auto&) {
+        Pack<T, V> x[U], r[U];
 #pragma unroll
-    for (int u = 0; u < U; ++u) {
-      if (!p.active[u]) continue;
-      x[u].load(input, p.at[u]);
-      r[u].load(residual, p.at[u]);
-    }
+        for (int u = 0; u < U; ++u) {
+          if (!p.active[u]) continue;
+          x[u].load(input, p.at[u]);
+          r[u].load(residual, p.at[u]);
+        }
 #pragma unroll
-    for (int u = 0; u < U; ++u) {
-      Values<C, V> v;
+        for (int u = 0; u < U; ++u) {
+          Values<C, V> v;
 #pragma unroll
-      for (int i = 0; i < V; ++i) {
-        v.v[i] = x[u][i] + r[u][i];
-        if (!positive_or_nan(v[i])) v.v[i] = 0;
-      }
-      const auto y = Pack<T, V>::of(v);
-      if (p.active[u]) y.store(output, p.at[u]);
-      if (mask == nullptr) continue;
-      unsigned bits = 0;
+          for (int i = 0; i < V; ++i) {
+            v.v[i] = x[u][i] + r[u][i];
+            if (!positive_or_nan(v[i])) v.v[i] = 0;
+          }
+          const auto y = Pack<T, V>::of(v);
+          if (p.active[u]) y.store(output, p.at[u]);
+          if (mask == nullptr) continue;
+          unsigned bits = 0;
 #pragma unroll
-      for (int i = 0; i < V; ++i) bits |= positive_or_nan(y[i]) ? 1u << i : 0;
-      bits = gather_bits<V>(p.active[u] ? bits : 0);
-      if (p.inside[u] && writes_byte<V>()) mask[p.byte[u]] = static_cast<uint8_t>(bits);
-    }
-  });
+          for (int i = 0; i < V; ++i) bits |= positive_or_nan(y[i]) ? 1u << i : 0;
+          bits = gather_bits<V>(p.active[u] ? bits : 0);
+          if (p.inside[u] && writes_byte<V>()) mask[p.byte[u]] = static_cast<uint8_t>(bits);
+        }
+      });
 }
 
 template <typename T, int V>
@@ -49,25 +51,27 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS add_relu_backward_kernel(const void* 
                                                                     void* grad_input, const Walk w) {
   using C = Compute<T>;
   constexpr int U = kUnroll;
-  walk_planes<C, 1, V, U>(w, [](int64_t, C*) {}, [&](const Places<U>& p, const auto&) {
-    Pack<T, V> grad[U];
-    unsigned byte[U];
+  walk_planes<C, 1, V, U>(
+      w, [](int64_t, C*) {},
+      [&](const Places<U>& p, const auto&) {
+        Pack<T, V> grad[U];
+        unsigned byte[U];
 #pragma unroll
-    for (int u = 0; u < U; ++u) {
-      byte[u] = 0;
-      if (!p.active[u]) continue;
-      grad[u].load(grad_output, p.at[u]);
-      byte[u] = mask[p.byte[u]];
-    }
+        for (int u = 0; u < U; ++u) {
+          byte[u] = 0;
+          if (!p.active[u]) continue;
+          grad[u].load(grad_output, p.at[u]);
+          byte[u] = mask[p.byte[u]];
+        }
 #pragma unroll
-    for (int u = 0; u < U; ++u) {
-      const unsigned bits = own_bits<V>(byte[u]);
-      Values<C, V> v;
+        for (int u = 0; u < U; ++u) {
+          const unsigned bits = own_bits<V>(byte[u]);
+          Values<C, V> v;
 #pragma unroll
-      for (int i = 0; i < V; ++i) v.v[i] = bits >> i & 1 ? grad[u][i] : C(0);
-      if (p.active[u]) Pack<T, V>::of(v).store(grad_input, p.at[u]);
-    }
-  });
+          for (int i = 0; i < V; ++i) v.v[i] = bits >> i & 1 ? grad[u][i] : C(0);
+          if (p.active[u]) Pack<T, V>::of(v).store(grad_input, p.at[u]);
+        }
+      });
 }
 
 using ForwardKernel = void(const void*, const void*, void*, uint8_t*, Walk);

@@ -123,8 +123,8 @@ struct ReduceArguments {
 
 struct BackwardArguments {
   Gradient gradient;
-  bool constant_statistics;  // grad_input = grad scale
-  const void* table;         // mean_grad and slopes from the reduction, or
+  bool constant_statistics;                // grad_input = grad scale
+  const void* table;                       // mean_grad and slopes from the reduction, or
   ChannelVector mean_grad, mean_grad_xmu;  // given
 };
 

@@ -18,16 +18,21 @@ __device__ __forceinline__ TableEntry<C> slopes_of(const BackwardArguments& a, i
   if (a.constant_statistics) return {};
   if (a.table != nullptr) return static_cast<const TableEntry<C>*>(a.table)[channel];
   const double xmu = value_of<C>(a.mean_grad_xmu, channel, C(0));
-  return {{value_of<C>(a.mean_grad, channel, C(0)), slope_of(xmu, invstd_of<C>(a.gradient.first, channel)), C(0), C(0)}};
+  return {
+      {value_of<C>(a.mean_grad, channel, C(0)), slope_of(xmu, invstd_of<C>(a.gradient.first, channel)), C(0), C(0)}};
 }
 
-template <int V, int kBytes>
-constexpr int kUnroll = V == 1 ? 4 : kBytes == 8 ? 4 : 2;
+// Accesses that a thread has under way at once, as far as registers go.
+template <typename T, int V, bool kRows, bool kTwo>
+constexpr int unroll() {
+  if (V == 1) return kTwo || sizeof(T) == 8 ? 2 : 4;
+  return kTwo || (kRows && V == 8) ? 1 : 2;
+}
 
 template <typename T, int V, bool kRows, bool kTwo>
 __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_backward_kernel(const BackwardArguments a, const Walk w) {
   using C = Compute<T>;
-  constexpr int K = kTwo ? 7 : 5, U = kUnroll<V, V * sizeof(T)>;
+  constexpr int K = kTwo ? 7 : 5, U = unroll<T, V, kRows, kTwo>();
   const Gradient& g = a.gradient;
   const auto fill = [&](int64_t channel, C* constants) {
     const Affine<C> first = affine_of<C>(g.first, channel);
@@ -88,8 +93,8 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_backward_kernel(const Back
 #pragma unroll
       for (int i = 0; i < V; ++i) kept.v[i] = bits >> i & 1 ? grad[u][i] : C(0);
       if (g.grad_residual != nullptr) Pack<T, V>::of(kept).store(g.grad_residual, p.at[u]);
-      const auto put = [&](void* to, const Values<C, V>& distance, const Values<C, V>& slope, const Values<C, V>& mean_grad,
-                           const Values<C, V>& of_scale) {
+      const auto put = [&](void* to, const Values<C, V>& distance, const Values<C, V>& slope,
+                           const Values<C, V>& mean_grad, const Values<C, V>& of_scale) {
         if (to == nullptr) return;
         Values<C, V> r;
 #pragma unroll
@@ -118,9 +123,8 @@ struct Choice {
 
 template <typename T, int V, bool kRows>
 Choice choose(bool two) {
-  constexpr int U = kUnroll<V, V * sizeof(T)>;
-  if (two) return {batch_norm_backward_kernel<T, V, kRows, true>, V, U};
-  return {batch_norm_backward_kernel<T, V, kRows, false>, V, U};
+  if (two) return {batch_norm_backward_kernel<T, V, kRows, true>, V, unroll<T, V, kRows, true>()};
+  return {batch_norm_backward_kernel<T, V, kRows, false>, V, unroll<T, V, kRows, false>()};
 }
 
 template <typename T>

@@ -1,8 +1,7 @@
 // Backward operators on CUDA.
 //
-// With batch statistics two launches: a pass that reduces (reduce.cu) and one that applies (backward.cu), or one of them where nothing of
-// the other is asked for. With constant statistics one launch: the pass that reduces writes the gradients as well, and where weight and
-// bias want none the pass that applies is enough.
+// Two launches: a pass that reduces (reduce.cu) and one that applies (backward.cu), or one of them where nothing of the other is asked for,
+// such as gradients of weight and bias with constant statistics.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -58,36 +57,22 @@ struct Gradients {
     return r;
   }
 
-  // Both passes, batch statistics.
-  void train() {
+  // Both passes, or one of them where nothing of the other is asked for. Constant statistics do not depend on the sums, but the sums are
+  // a pass of their own all the same (reduce.cu says why).
+  void run(bool constant_statistics) {
     const bool first = g.grad_input != nullptr, second = g.grad_input2 != nullptr;
+    const bool slopes = (first || second) && !constant_statistics;
     BackwardArguments backward{};
-    if (first || second || needs_sums()) {
-      ReduceArguments reduce = sums;
-      reduce.gradient = g;
-      reduce.gradient.grad_input = reduce.gradient.grad_input2 = reduce.gradient.grad_residual = nullptr;
-      reduce.read_input = first || sums.grad_weight.data || g.keep == KeepFrom::kInput;
-      reduce.read_input2 = second || sums.grad_weight2.data;
-      if (first || second) backward.table = reduce.table = call.new_table(x);
-      call.check(launch_reduce(dtype, reduce, call.launch()));
+    if (slopes || needs_sums()) {
+      sums.gradient = g;
+      sums.read_input = (first && slopes) || sums.grad_weight.data || g.keep == KeepFrom::kInput;
+      sums.read_input2 = (second && slopes) || sums.grad_weight2.data;
+      if (slopes) backward.table = sums.table = call.new_table(x);
+      call.check(launch_reduce(dtype, sums, call.launch()));
     }
     backward.gradient = g;
+    backward.constant_statistics = constant_statistics;
     call.check(launch_backward(dtype, backward, call.launch()));
-  }
-
-  // Constant statistics.
-  void eval() {
-    if (needs_sums()) {
-      sums.gradient = g;
-      sums.read_input = sums.grad_weight.data || g.keep == KeepFrom::kInput;
-      sums.read_input2 = sums.grad_weight2.data;
-      call.check(launch_reduce(dtype, sums, call.launch()));
-    } else {
-      BackwardArguments backward{};
-      backward.gradient = g;
-      backward.constant_statistics = true;
-      call.check(launch_backward(dtype, backward, call.launch()));
-    }
   }
 
   bool needs_sums() const {
@@ -130,7 +115,7 @@ Four batch_norm_add_relu_train_backward(const Tensor& grad_output, const Tensor&
   const Tensor grad_residual = r.wanted(needs_residual_grad, r.g.grad_residual);
   const Tensor grad_weight = r.wanted(needs_weight_grad, weight, r.sums.grad_weight);
   const Tensor grad_bias = r.wanted(needs_bias_grad, bias, r.sums.grad_bias);
-  r.train();
+  r.run(false);
   return {grad_input, grad_residual, grad_weight, grad_bias};
 }
 
@@ -145,7 +130,7 @@ Four batch_norm_add_relu_eval_backward(const Tensor& grad_output, const Tensor& 
   const Tensor grad_residual = r.wanted(needs_residual_grad, r.g.grad_residual);
   const Tensor grad_weight = r.wanted(needs_weight_grad, weight, r.sums.grad_weight);
   const Tensor grad_bias = r.wanted(needs_bias_grad, bias, r.sums.grad_bias);
-  r.eval();
+  r.run(true);
   return {grad_input, grad_residual, grad_weight, grad_bias};
 }
 
@@ -189,7 +174,7 @@ Six dual_batch_norm_add_relu_train_backward(const Tensor& grad_output, const Ten
         take_invstd(first, mean, invstd);
         take_invstd(second, mean2, invstd2);
       },
-      [](Gradients& gradients) { gradients.train(); });
+      [](Gradients& gradients) { gradients.run(false); });
 }
 
 Six dual_batch_norm_add_relu_eval_backward(const Tensor& grad_output, const Tensor& input, const MaybeTensor& weight,
@@ -209,7 +194,7 @@ Six dual_batch_norm_add_relu_eval_backward(const Tensor& grad_output, const Tens
         take_var(first, running_mean, running_var, eps);
         take_var(second, running_mean2, running_var2, eps2);
       },
-      [](Gradients& gradients) { gradients.eval(); });
+      [](Gradients& gradients) { gradients.run(true); });
 }
 
 std::tuple<Tensor, Tensor> batch_norm_add_relu_backward_reduce(const Tensor& grad_output, const Tensor& input,

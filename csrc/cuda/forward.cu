@@ -16,14 +16,18 @@ using Kernel = void(ForwardArguments, Walk);
 // The constants of a channel, in the order of Affine, and the second branch's mean and scale. Its bias is part of the first's.
 enum { kMean, kScale, kBias, kMean2, kScale2 };
 
-template <int V, int kBytes>
-constexpr int kUnroll = V == 1 ? 4 : kBytes == 8 ? 4 : 2;
+// Accesses that a thread has under way at once, as far as registers go.
+template <typename T, int V, bool kRows, Second S>
+constexpr int unroll() {
+  if (V == 1) return sizeof(T) == 8 ? 2 : 4;
+  return kRows && V == 8 && S != Second::kNone ? 1 : 2;
+}
 
 template <typename T, int V, bool kRows, Second S>
 __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_forward_kernel(const ForwardArguments a, const Walk w) {
   using C = Compute<T>;
   constexpr int K = S == Second::kNormalized ? 5 : 3;
-  constexpr int U = kUnroll<V, V * sizeof(T)>;
+  constexpr int U = unroll<T, V, kRows, S>();
   const auto fill = [&](int64_t channel, C* constants) {
     const Affine<C> first = affine_of<C>(a.first, channel);
     constants[kMean] = first.mean;
@@ -87,14 +91,14 @@ struct Choice {
 
 template <typename T, int V, bool kRows>
 Choice choose(Second second) {
-  constexpr int U = kUnroll<V, V * sizeof(T)>;
   switch (second) {
     case Second::kNone:
-      return {batch_norm_forward_kernel<T, V, kRows, Second::kNone>, V, U};
+      return {batch_norm_forward_kernel<T, V, kRows, Second::kNone>, V, unroll<T, V, kRows, Second::kNone>()};
     case Second::kTensor:
-      return {batch_norm_forward_kernel<T, V, kRows, Second::kTensor>, V, U};
+      return {batch_norm_forward_kernel<T, V, kRows, Second::kTensor>, V, unroll<T, V, kRows, Second::kTensor>()};
     default:
-      return {batch_norm_forward_kernel<T, V, kRows, Second::kNormalized>, V, U};
+      return {batch_norm_forward_kernel<T, V, kRows, Second::kNormalized>, V,
+              unroll<T, V, kRows, Second::kNormalized>()};
   }
 }
 
@@ -114,11 +118,9 @@ Choice choose(int bytes, bool rows, Second second) {
 cudaError_t launch_forward(Dtype dtype, const ForwardArguments& arguments, const Launch& launch) {
   const Shape& shape = arguments.shape;
   if (shape.numel() == 0) return cudaSuccess;
-  const Second second = arguments.two        ? Second::kNormalized
-                        : arguments.residual ? Second::kTensor
-                                             : Second::kNone;
-  const int bytes = access_bytes(shape.inner() * size_of(dtype), {arguments.first.input, arguments.second.input,
-                                                                  arguments.residual, arguments.output});
+  const Second second = arguments.two ? Second::kNormalized : arguments.residual ? Second::kTensor : Second::kNone;
+  const int bytes = access_bytes(shape.inner() * size_of(dtype),
+                                 {arguments.first.input, arguments.second.input, arguments.residual, arguments.output});
   const Choice choice = dispatch(dtype, [&]<typename T>() { return choose<T>(bytes, shape.rows, second); });
   const WalkPlan plan = plan_walk(shape, choice.v, choice.unroll, address_of(choice.kernel));
   choice.kernel<<<plan.grid, plan.block, 0, launch.stream>>>(arguments, plan.walk);

@@ -15,7 +15,10 @@ namespace {
 // The statistics of one training input, and what they are made for.
 struct Trained {
   Trained(const Call& call, const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias, double eps)
-      : mean(statistic(input)), var(statistic(input)), invstd(statistic(input)), branch(branch_of(input, weight, bias)) {
+      : mean(statistic(input)),
+        var(statistic(input)),
+        invstd(statistic(input)),
+        branch(branch_of(input, weight, bias)) {
     take_invstd(branch, mean, invstd);
     statistics.input = branch.input;
     statistics.eps = eps;
@@ -85,6 +88,16 @@ std::tuple<Output, Trained> train(const char* name, const Tensor& input, const M
   return {out, trained};
 }
 
+// Whether both branches update the same running statistics. Then one update must come after the other.
+bool share_memory(const StatisticsBranch& a, const StatisticsBranch& b) {
+  for (const void* of_a : {a.running_mean.data, a.running_var.data}) {
+    for (const void* of_b : {b.running_mean.data, b.running_var.data}) {
+      if (of_a != nullptr && of_a == of_b) return true;
+    }
+  }
+  return false;
+}
+
 // The same for two branches.
 std::tuple<Output, Trained, Trained> train_dual(const char* name, const Tensor& input, const MaybeTensor& weight,
                                                 const MaybeTensor& bias, const Running& running, const Tensor& input2,
@@ -105,7 +118,15 @@ std::tuple<Output, Trained, Trained> train_dual(const char* name, const Tensor& 
   running2.give_to(second.statistics);
   Output out(x, std::nullopt, true, relu, save_mask);
   StatisticsArguments statistics{out.arguments.shape, first.statistics, second.statistics, 2};
+  const bool shared = share_memory(statistics.first, statistics.second);
+  if (shared) statistics.second.running_mean = statistics.second.running_var = {};
   call.check(launch_statistics(dtype_of(x), statistics, call.launch()));
+  if (shared) {
+    const StatisticsBranch& b = second.statistics;
+    call.check(launch_running_stats({b.running_mean, b.running_var, values(second.mean), values(second.var), x.size(1),
+                                     out.arguments.shape.count(), b.momentum},
+                                    call.launch()));
+  }
   out.arguments.first = first.branch;
   out.arguments.second = second.branch;
   call.check(launch_forward(dtype_of(x), out.arguments, call.launch()));
@@ -174,10 +195,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_batch_norm_add_r
   check_update(input, weight, bias, running_mean, running_var, "running_mean", "running_var");
   check_update(input, weight2, bias2, running_mean2, running_var2, "running_mean2", "running_var2");
   check_count(input);
-  const auto [out, first, second] =
-      train_dual("dual_batch_norm_add_relu_train_with_update", input, weight, bias,
-                 {running_mean, running_var, momentum}, input2, weight2, bias2,
-                 {running_mean2, running_var2, momentum2}, eps, eps2, relu, save_mask);
+  const auto [out, first, second] = train_dual("dual_batch_norm_add_relu_train_with_update", input, weight, bias,
+                                               {running_mean, running_var, momentum}, input2, weight2, bias2,
+                                               {running_mean2, running_var2, momentum2}, eps, eps2, relu, save_mask);
   return {out.output, first.mean, first.invstd, second.mean, second.invstd, out.mask};
 }
 

@@ -64,8 +64,8 @@ struct Pack {
     // A store of a vector's elements is not always put together again.
     const size_t address = __cvta_generic_to_global(static_cast<T*>(to) + at);
     if constexpr (kWords == 4) {
-      asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(words[0]), "r"(words[1]), "r"(words[2]),
-                   "r"(words[3])
+      asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(words[0]), "r"(words[1]),
+                   "r"(words[2]), "r"(words[3])
                    : "memory");
     } else {
       asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(address), "r"(words[0]), "r"(words[1]) : "memory");
@@ -81,6 +81,17 @@ struct Pack {
       return __uint_as_float(i % 2 == 0 ? word << 16 : word & 0xffff0000u);
     } else {
       return __half2float(__ushort_as_half(static_cast<unsigned short>(words[i / 2] >> (i % 2 * 16))));
+    }
+  }
+  // Zeros take the place of the values whose bit is not set.
+  __device__ __forceinline__ void keep(unsigned bits) {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      if constexpr (sizeof(T) == 2) {
+        words[i] &= (bits >> 2 * i & 1) * 0xffffu | (bits >> (2 * i + 1) & 1) * 0xffff0000u;
+      } else {
+        words[i] = bits >> (i * 4 / static_cast<int>(sizeof(T))) & 1 ? words[i] : 0;
+      }
     }
   }
   // Rounds to T.
@@ -118,6 +129,9 @@ struct Pack<T, 1> {
   __device__ __forceinline__ void load(const void* from, int64_t at) { value = static_cast<const T*>(from)[at]; }
   __device__ __forceinline__ void store(void* to, int64_t at) const { static_cast<T*>(to)[at] = value; }
   __device__ __forceinline__ Compute<T> operator[](int) const { return number(value); }
+  __device__ __forceinline__ void keep(unsigned bits) {
+    if (!(bits & 1)) value = rounded<T>(0);
+  }
   static __device__ __forceinline__ Pack of(const Values<Compute<T>, 1>& v) { return {rounded<T>(v[0])}; }
 };
 
@@ -183,7 +197,8 @@ __device__ __forceinline__ C invstd_of(const Branch& branch, int64_t channel) {
 constexpr int kThreads = 256;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 750
 #define RESNET_FUSED_MIN_BLOCKS 2
-#elif defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 870 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+#elif defined(__CUDA_ARCH__) &&                                                                                        \
+    (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 870 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
 #define RESNET_FUSED_MIN_BLOCKS 3
 #else
 #define RESNET_FUSED_MIN_BLOCKS 4

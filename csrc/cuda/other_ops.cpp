@@ -15,11 +15,9 @@ std::tuple<Tensor, Tensor> add_relu(const Tensor& input, const Tensor& residual,
   const Tensor x = dense(input, format), r = dense(residual, format);
   const int64_t numel = x.numel();
   const Tensor output = empty_like(x, format);
-  const Tensor mask =
-      save_mask ? empty(x, {1, (numel + 7) / 8}, ScalarType::Byte) : nothing(x, ScalarType::Byte);
+  const Tensor mask = save_mask ? empty(x, {1, (numel + 7) / 8}, ScalarType::Byte) : nothing(x, ScalarType::Byte);
   uint8_t* bits = save_mask ? static_cast<uint8_t*>(mutable_data_of(mask)) : nullptr;
-  call.check(
-      launch_add_relu(dtype_of(x), data_of(x), data_of(r), mutable_data_of(output), bits, numel, call.launch()));
+  call.check(launch_add_relu(dtype_of(x), data_of(x), data_of(r), mutable_data_of(output), bits, numel, call.launch()));
   return {output, mask};
 }
 
@@ -57,9 +55,9 @@ void update_running_stats(const MaybeTensor& running_mean, const MaybeTensor& ru
   check_running(running_mean, "running_mean", mean);
   check_running(running_var, "running_var", mean);
   const Call call("update_running_stats", mean);
-  call.check(launch_running_stats({output_of(running_mean), output_of(running_var), values(mean), values(var),
-                                   mean.size(0), count, momentum},
-                                  call.launch()));
+  call.check(launch_running_stats(
+      {output_of(running_mean), output_of(running_var), values(mean), values(var), mean.size(0), count, momentum},
+      call.launch()));
 }
 
 }  // namespace

@@ -2,7 +2,7 @@
 //
 // It reads grad_output, the inputs and the mask once. In planes a block owns a channel or chunks of one, in rows a tile of channels and
 // chunks of rows (sums.cuh). The last block of a channel writes the gradients of weight and bias and the constants of the pass that
-// applies. With constant statistics grad_input needs no sum: then this pass writes it, too, and is the only one.
+// applies. It writes nothing else, with constant statistics neither, when it could: the registers that this takes cost every other call.
 #include "cuda/sums.cuh"
 #include "cuda/tile.cuh"
 
@@ -12,8 +12,8 @@ namespace {
 
 using Kernel = void(ReduceArguments, SumsWalk);
 
-// The constants of a channel.
-enum { kMean, kScale, kBias, kMean2, kScale2, kConstants };
+// The constants of a channel. Products are taken with the difference from an origin.
+enum { kOrigin, kOrigin2, kMean, kScale, kBias, kConstants };
 
 // Sums of float values are compensated. Of 16-bit values the gradients have few digits, and so have their differences from an origin that
 // is a 16-bit value itself: products of the two and sums of a few are exact, or nearly so. The mean rounded to 16 bits is such an origin;
@@ -27,16 +27,16 @@ __device__ __forceinline__ Compute<T> origin_of(Compute<T> mean) {
   return origin - origin == 0 ? origin : 0;
 }
 
-template <typename C>
-__device__ __forceinline__ void constants_of(const Gradient& g, int64_t channel, C* constants) {
-  const Affine<C> first = affine_of<C>(g.first, channel);
-  constants[kMean] = first.mean;
-  constants[kScale] = first.scale;
-  constants[kBias] = first.bias;
-  if (!g.two) return;
-  const Affine<C> second = affine_of<C>(g.second, channel);
-  constants[kMean2] = second.mean;
-  constants[kScale2] = second.scale;
+template <typename T>
+__device__ __forceinline__ void constants_of(const Gradient& g, int64_t channel, Compute<T>* constants) {
+  using C = Compute<T>;
+  constants[kOrigin] = origin_of<T>(value_of<C>(g.first.mean, channel, C(0)));
+  constants[kOrigin2] = g.two ? origin_of<T>(value_of<C>(g.second.mean, channel, C(0))) : C(0);
+  // Without need of it zeros, for a compiler may read ahead of the condition that uses it.
+  const Affine<C> affine = g.keep == KeepFrom::kInput ? affine_of<C>(g.first, channel) : Affine<C>{};
+  constants[kMean] = affine.mean;
+  constants[kScale] = affine.scale;
+  constants[kBias] = affine.bias;
 }
 
 template <typename T>
@@ -44,12 +44,14 @@ __device__ __forceinline__ void finish_channel(const ReduceArguments& a, int64_t
                                                double xmu2) {
   using C = Compute<T>;
   const Gradient& g = a.gradient;
-  const auto from_origin_to_mean = [&](const Branch& branch) {
-    const C mean = value_of<C>(branch.mean, channel, C(0));
-    return (static_cast<double>(mean) - static_cast<double>(origin_of<T>(mean))) * grad;
-  };
-  if (a.read_input) xmu -= from_origin_to_mean(g.first);
-  if (a.read_input2) xmu2 -= from_origin_to_mean(g.second);
+  if (grad - grad == 0) {  // of an infinite sum nothing comes off
+    const auto from_origin_to_mean = [&](const Branch& branch) {
+      const C mean = value_of<C>(branch.mean, channel, C(0));
+      return (static_cast<double>(mean) - static_cast<double>(origin_of<T>(mean))) * grad;
+    };
+    if (a.read_input) xmu -= from_origin_to_mean(g.first);
+    if (a.read_input2) xmu2 -= from_origin_to_mean(g.second);
+  }
   if (a.sum_grad != nullptr) {
     static_cast<C*>(a.sum_grad)[channel] = static_cast<C>(grad);
     static_cast<C*>(a.sum_grad_xmu)[channel] = static_cast<C>(xmu);
@@ -96,12 +98,12 @@ __device__ __forceinline__ void terms_of(const ReduceArguments& a, const Place (
     }
     if (g.keep == KeepFrom::kMask) bits[u] = g.mask[p[u].byte] >> p[u].bit;
   }
-  const auto mean = constants.template get<kMean>();
 #pragma unroll
   for (int u = 0; u < U; ++u) {
     if constexpr (!kTwo) {
       if (g.keep == KeepFrom::kInput) {
-        const auto scale = constants.template get<kScale>(), bias = constants.template get<kBias>();
+        const auto mean = constants.template get<kMean>(), scale = constants.template get<kScale>();
+        const auto bias = constants.template get<kBias>();
         Values<C, V> y;
 #pragma unroll
         for (int i = 0; i < V; ++i) y.v[i] = normalized(x[u][i], mean[i], scale[i], bias[i]);
@@ -112,34 +114,18 @@ __device__ __forceinline__ void terms_of(const ReduceArguments& a, const Place (
         for (int i = 0; i < V; ++i) bits[u] |= positive_or_nan(output[i]) ? 1u << i : 0;
       }
     }
-    Values<C, V> kept;
+    grad[u].keep(bits[u]);
+    // What was not read is zero, and an origin finite: nothing but zeros is added for it.
+    const auto origin = constants.template get<kOrigin>();
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      kept.v[i] = p[u].active && (bits[u] >> i & 1) ? grad[u][i] : C(0);
-      groups.at(0, u, i).add(kept[i]);
-      // Both factors, for zero times Inf is not zero.
-      const C difference = p[u].active && a.read_input ? x[u][i] - origin_of<T>(mean[i]) : C(0);
-      groups.at(1, u, i).add_product(kept[i], difference);
+      groups.at(0, u, i).add(grad[u][i]);
+      groups.at(1, u, i).add_product(grad[u][i], x[u][i] - origin[i]);
     }
     if constexpr (kTwo) {
-      const auto mean2 = constants.template get<kMean2>();
+      const auto origin2 = constants.template get<kOrigin2>();
 #pragma unroll
-      for (int i = 0; i < V; ++i) {
-        const C difference = p[u].active && a.read_input2 ? x2[u][i] - origin_of<T>(mean2[i]) : C(0);
-        groups.at(2, u, i).add_product(kept[i], difference);
-      }
-    }
-    if (!p[u].active) continue;
-    if (g.grad_residual != nullptr) Pack<T, V>::of(kept).store(g.grad_residual, p[u].at);
-    const auto scaled = [&](const Values<C, V>& scale) {
-      Values<C, V> r;
-#pragma unroll
-      for (int i = 0; i < V; ++i) r.v[i] = kept[i] * scale[i];
-      return Pack<T, V>::of(r);
-    };
-    if (g.grad_input != nullptr) scaled(constants.template get<kScale>()).store(g.grad_input, p[u].at);
-    if constexpr (kTwo) {
-      if (g.grad_input2 != nullptr) scaled(constants.template get<kScale2>()).store(g.grad_input2, p[u].at);
+      for (int i = 0; i < V; ++i) groups.at(2, u, i).add_product(grad[u][i], x2[u][i] - origin2[i]);
     }
   }
 }
@@ -154,25 +140,29 @@ struct BlockConstants {
   }
 };
 
-template <int V>
-constexpr int kUnroll = V == 1 ? 4 : 2;
+// Accesses that a thread has under way at once, as far as registers go.
+template <typename T, int V, bool kTwo>
+constexpr int unroll() {
+  if (V > 1) return 1;
+  return kTwo || sizeof(T) == 8 ? 2 : 4;
+}
 
 template <typename T, int V, bool kTwo>
 __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_reduce_planes_kernel(const ReduceArguments a, const SumsWalk w) {
   using C = Compute<T>;
-  constexpr int U = kUnroll<V>, K = kTwo ? 3 : 2;
+  constexpr int U = unroll<T, V, kTwo>(), K = kTwo ? 3 : 2;
   __shared__ C constants[kConstants];
   sum_planes<T, K, V, U, kCompensated<T>>(
       w,
       [&](int64_t channel) {
         __syncthreads();
-        if (threadIdx.x == 0) constants_of(a.gradient, channel, constants);
+        if (threadIdx.x == 0) constants_of<T>(a.gradient, channel, constants);
         __syncthreads();
       },
       [&](const Place(&p)[U], PlaneGroups<T, K, V, U, kCompensated<T>>& groups) {
         terms_of<T, V, U, kTwo>(a, p, BlockConstants<C, V>{constants}, groups);
       },
-      [&](int64_t channel, const double(&sums)[K]) {
+      [&](int64_t channel, const double (&sums)[K]) {
         finish_channel<T>(a, channel, sums[0], sums[1], kTwo ? sums[K - 1] : 0);
       });
 }
@@ -180,14 +170,14 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_reduce_planes_kernel(const
 template <typename T, int V, bool kTwo>
 __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_reduce_rows_kernel(const ReduceArguments a, const SumsWalk w) {
   using C = Compute<T>;
-  constexpr int U = kUnroll<V>, K = kTwo ? 3 : 2;
+  constexpr int U = unroll<T, V, kTwo>(), K = kTwo ? 3 : 2;
   __shared__ __align__(16) C constants[kConstants][kTileChannels];
   sum_rows<T, K, V, U, kCompensated<T>>(
       w,
       [&](int64_t first, int channels) {
         for (int i = threadIdx.x; i < channels; i += blockDim.x) {
           C of_channel[kConstants] = {};
-          constants_of(a.gradient, first + i, of_channel);
+          constants_of<T>(a.gradient, first + i, of_channel);
           const int place = place_in_tile<C, V>(i / V, i % V, w.tile_slots);
 #pragma unroll
           for (int k = 0; k < kConstants; ++k) constants[k][place] = of_channel[k];
@@ -196,7 +186,7 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_reduce_rows_kernel(const R
       [&](const Place(&p)[U], int column, RowGroups<T, K, V, kCompensated<T>>& groups) {
         terms_of<T, V, U, kTwo>(a, p, RowConstants<C, kConstants, V>{constants, column, w.tile_slots}, groups);
       },
-      [&](int64_t channel, const double(&sums)[K]) {
+      [&](int64_t channel, const double (&sums)[K]) {
         finish_channel<T>(a, channel, sums[0], sums[1], kTwo ? sums[K - 1] : 0);
       });
 }
@@ -209,13 +199,13 @@ struct Choice {
 template <typename T, bool kTwo>
 Choice choose(int bytes, bool rows) {
   constexpr int V = 16 / sizeof(T);
-  if (rows && bytes == 16) return {batch_norm_reduce_rows_kernel<T, V, kTwo>, V, kUnroll<V>};
-  if (rows) return {batch_norm_reduce_rows_kernel<T, 1, kTwo>, 1, kUnroll<1>};
-  if (bytes == 16) return {batch_norm_reduce_planes_kernel<T, V, kTwo>, V, kUnroll<V>};
+  if (rows && bytes == 16) return {batch_norm_reduce_rows_kernel<T, V, kTwo>, V, unroll<T, V, kTwo>()};
+  if (rows) return {batch_norm_reduce_rows_kernel<T, 1, kTwo>, 1, unroll<T, 1, kTwo>()};
+  if (bytes == 16) return {batch_norm_reduce_planes_kernel<T, V, kTwo>, V, unroll<T, V, kTwo>()};
   if constexpr (sizeof(T) == 2) {
-    if (bytes == 8) return {batch_norm_reduce_planes_kernel<T, 4, kTwo>, 4, kUnroll<4>};
+    if (bytes == 8) return {batch_norm_reduce_planes_kernel<T, 4, kTwo>, 4, unroll<T, 4, kTwo>()};
   }
-  return {batch_norm_reduce_planes_kernel<T, 1, kTwo>, 1, kUnroll<1>};
+  return {batch_norm_reduce_planes_kernel<T, 1, kTwo>, 1, unroll<T, 1, kTwo>()};
 }
 
 }  // namespace
@@ -224,8 +214,7 @@ cudaError_t launch_reduce(Dtype dtype, const ReduceArguments& arguments, const L
   const Gradient& g = arguments.gradient;
   const Shape& shape = g.shape;
   if (shape.channels == 0) return cudaSuccess;
-  const int bytes = access_bytes(shape.inner() * size_of(dtype), {g.grad_output, g.first.input, g.second.input,
-                                                                  g.grad_input, g.grad_input2, g.grad_residual});
+  const int bytes = access_bytes(shape.inner() * size_of(dtype), {g.grad_output, g.first.input, g.second.input});
   const Choice choice = dispatch(dtype, [&]<typename T>() {
     return g.two ? choose<T, true>(bytes, shape.rows) : choose<T, false>(bytes, shape.rows);
   });
@@ -234,8 +223,7 @@ cudaError_t launch_reduce(Dtype dtype, const ReduceArguments& arguments, const L
   SumsPlan plan = plan_sums(shape, sums, choice.v, choice.unroll, group, address_of(choice.kernel), 1);
   cudaError_t error = allocate_scratch(plan, 1, launch);
   if (error != cudaSuccess) return error;
-  choice.kernel<<<plan.grid, plan.block, static_cast<size_t>(plan.shared_bytes), launch.stream>>>(arguments,
-                                                                                                  plan.walk);
+  choice.kernel<<<plan.grid, plan.block, static_cast<size_t>(plan.shared_bytes), launch.stream>>>(arguments, plan.walk);
   return cudaGetLastError();
 }
 

@@ -4,6 +4,7 @@
 // shift amid the channel's own, which every block of a channel reads for itself. The last block of a channel writes its statistics and
 // updates the running ones.
 #include "cuda/sums.cuh"
+#include "cuda/tile.cuh"
 
 namespace resnet_fused::cuda {
 
@@ -11,16 +12,24 @@ namespace {
 
 using Kernel = void(StatisticsArguments, SumsWalk);
 
-template <typename T>
-__device__ __forceinline__ Compute<T> shift_of(const T* input, const Shape& shape, int64_t channel) {
-  const int64_t count = shape.rows ? shape.count() : shape.positions;
-  if (count == 0) return 0;
-  const int64_t step = shape.rows ? shape.channels : 1;
-  const T* from = input + (shape.rows ? channel : channel * shape.positions);
-  Compute<T> v[5];
+// The shift of a channel of planes, or of V channels of rows, from five values of each. They lie far from each other, and are read in
+// whole accesses.
+template <typename T, int V, bool kRows>
+__device__ __forceinline__ void shifts_of(const void* input, const Shape& shape, int64_t channel, Compute<T>* shifts) {
+  const int64_t last = (kRows ? shape.count() : shape.positions) - 1;
+  Pack<T, V> values[5];
+  if (shape.count() != 0) {
 #pragma unroll
-  for (int i = 0; i < 5; ++i) v[i] = number(from[(count - 1) * i / 4 * step]);
-  return shift_amid(v);
+    for (int i = 0; i < 5; ++i) {
+      const int64_t at = last * i / 4;
+      values[i].load(input, kRows ? channel + at * shape.channels : channel * shape.positions + at / V * V);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < (kRows ? V : 1); ++i) {
+    const Compute<T> v[5] = {values[0][i], values[1][i], values[2][i], values[3][i], values[4][i]};
+    shifts[i] = shift_amid(v);
+  }
 }
 
 template <typename C>
@@ -45,16 +54,45 @@ __device__ __forceinline__ void finish_channel(const StatisticsBranch& b, const 
   }
 }
 
-// blockIdx.y is the branch.
-__device__ __forceinline__ SumsWalk of_branch(SumsWalk w, int sums, int64_t groups, int64_t width) {
-  if (blockIdx.y == 1 && w.splits > 1) {
-    w.partials += w.items * sums * width;
-    w.arrived += groups;
+// blockIdx.y is the branch. Its arguments are chosen value by value: chosen by address, they would be read through a register.
+template <typename V>
+__device__ __forceinline__ V pick(V first, V second) {
+  return blockIdx.y == 0 ? first : second;
+}
+
+template <typename Vector>
+__device__ __forceinline__ Vector pick_vector(const Vector& first, const Vector& second) {
+  return {pick(first.data, second.data), pick(first.stride, second.stride), pick(first.dtype, second.dtype)};
+}
+
+__device__ __forceinline__ StatisticsBranch branch_of(const StatisticsArguments& a) {
+  const StatisticsBranch &f = a.first, &s = a.second;
+  return {pick(f.input, s.input),
+          pick(f.eps, s.eps),
+          pick(f.mean, s.mean),
+          pick(f.var, s.var),
+          pick(f.invstd, s.invstd),
+          pick_vector(f.running_mean, s.running_mean),
+          pick_vector(f.running_var, s.running_var),
+          pick(f.momentum, s.momentum),
+          pick_vector(f.weight, s.weight),
+          pick_vector(f.bias, s.bias),
+          pick(f.table, s.table)};
+}
+
+__device__ __forceinline__ SumsWalk walk_of_branch(SumsWalk w) {
+  if (blockIdx.y == 1) {
+    w.partials += w.branch_partials;
+    w.arrived += w.branch_counters;
   }
   return w;
 }
 
 constexpr int kSums = 2;
+
+// A float that is far off the others, as an outlier is, would take their digits from a group.
+template <typename T>
+constexpr bool kCompensated = std::is_same_v<T, float>;
 
 template <int V>
 constexpr int kUnroll = V == 1 ? 8 : 4;
@@ -64,12 +102,19 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_statistics_planes_kernel(c
                                                                                const SumsWalk walk) {
   using C = Compute<T>;
   constexpr int U = kUnroll<V>;
-  const SumsWalk w = of_branch(walk, kSums, walk.channels, 1);
-  const T* input = static_cast<const T*>(blockIdx.y == 0 ? a.first.input : a.second.input);
+  const SumsWalk w = walk_of_branch(walk);
+  const void* input = pick(a.first.input, a.second.input);
+  __shared__ C shared;
   C shift = 0;
-  sum_planes<T, kSums, V, U, false>(
-      w, [&](int64_t channel) { shift = shift_of(input, a.shape, channel); },
-      [&](const Place(&p)[U], PlaneGroups<T, kSums, V, U, false>& groups) {
+  sum_planes<T, kSums, V, U, kCompensated<T>>(
+      w,
+      [&](int64_t channel) {
+        // One thread for all, as the others would ask for the same.
+        if (threadIdx.x == 0) shifts_of<T, V, false>(input, a.shape, channel, &shared);
+        __syncthreads();
+        shift = shared;
+      },
+      [&](const Place(&p)[U], PlaneGroups<T, kSums, V, U, kCompensated<T>>& groups) {
         Pack<T, V> x[U];
 #pragma unroll
         for (int u = 0; u < U; ++u) {
@@ -81,36 +126,41 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_statistics_planes_kernel(c
           for (int i = 0; i < V; ++i) {
             const C difference = p[u].active ? x[u][i] - shift : C(0);
             groups.at(0, u, i).add(difference);
-            groups.at(1, u, i).add_product(difference, difference);
+            groups.at(1, u, i).add_square(difference);
           }
         }
       },
-      [&](int64_t channel, const double(&sums)[kSums]) {
-        finish_channel(blockIdx.y == 0 ? a.first : a.second, a.shape, channel, shift, sums[0], sums[1]);
+      [&](int64_t channel, const double (&sums)[kSums]) {
+        finish_channel(branch_of(a), a.shape, channel, shift, sums[0], sums[1]);
       });
 }
 
 template <int V, int kBytes>
-constexpr int kRowUnroll = kBytes == 16 && V == 8 ? 4 : V == 1 && kBytes == 2 ? 8 : 4;
+constexpr int kRowUnroll = kBytes == 16 && V == 8  ? 4
+                           : V == 1 && kBytes == 2 ? 8
+                                                   : 4;
 
 template <typename T, int V>
 __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_statistics_rows_kernel(const StatisticsArguments a,
                                                                              const SumsWalk walk) {
   using C = Compute<T>;
   constexpr int U = kRowUnroll<V, V * sizeof(T)>;
-  const SumsWalk w = of_branch(walk, kSums, walk.tiles, walk.tile_slots * V);
-  const T* input = static_cast<const T*>(blockIdx.y == 0 ? a.first.input : a.second.input);
+  const SumsWalk w = walk_of_branch(walk);
+  const void* input = pick(a.first.input, a.second.input);
+  __shared__ C shared[kTileChannels];
   C shift[V];
-  sum_rows<T, kSums, V, U, false>(
+  sum_rows<T, kSums, V, U, kCompensated<T>>(
       w,
       [&](int64_t first, int channels) {
-        const int column = threadIdx.x % w.tile_slots;
+        // The first row of threads for all.
+        const int own = threadIdx.x * V;
+        if (own < channels) shifts_of<T, V, true>(input, a.shape, first + own, &shared[own]);
+        __syncthreads();
+        const int column = threadIdx.x % w.tile_slots * V;
 #pragma unroll
-        for (int i = 0; i < V; ++i) {
-          shift[i] = column * V + i < channels ? shift_of(input, a.shape, first + column * V + i) : C(0);
-        }
+        for (int i = 0; i < V; ++i) shift[i] = column < channels ? shared[column + i] : C(0);
       },
-      [&](const Place(&p)[U], int, RowGroups<T, kSums, V, false>& groups) {
+      [&](const Place(&p)[U], int, RowGroups<T, kSums, V, kCompensated<T>>& groups) {
         Pack<T, V> x[U];
 #pragma unroll
         for (int u = 0; u < U; ++u) {
@@ -122,13 +172,12 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_statistics_rows_kernel(con
           for (int i = 0; i < V; ++i) {
             const C difference = p[u].active ? x[u][i] - shift[i] : C(0);
             groups.at(0, u, i).add(difference);
-            groups.at(1, u, i).add_product(difference, difference);
+            groups.at(1, u, i).add_square(difference);
           }
         }
       },
-      [&](int64_t channel, const double(&sums)[kSums]) {
-        finish_channel(blockIdx.y == 0 ? a.first : a.second, a.shape, channel, shift_of(input, a.shape, channel),
-                       sums[0], sums[1]);
+      [&](int64_t channel, const double (&sums)[kSums]) {
+        finish_channel(branch_of(a), a.shape, channel, shared[channel % (w.tile_slots * V)], sums[0], sums[1]);
       });
 }
 
@@ -154,12 +203,11 @@ Choice choose(int bytes, bool rows) {
 cudaError_t launch_statistics(Dtype dtype, const StatisticsArguments& arguments, const Launch& launch) {
   const Shape& shape = arguments.shape;
   if (shape.channels == 0) return cudaSuccess;
-  const int bytes =
-      access_bytes(shape.inner() * size_of(dtype), {arguments.first.input, arguments.second.input});
+  const int bytes = access_bytes(shape.inner() * size_of(dtype), {arguments.first.input, arguments.second.input});
   const Choice choice = dispatch(dtype, [&]<typename T>() { return choose<T>(bytes, shape.rows); });
   const int group = size_of(dtype) == 2 ? 8 : 4;
-  SumsPlan plan = plan_sums(shape, kSums, choice.v, choice.unroll, group, address_of(choice.kernel),
-                            arguments.branches);
+  SumsPlan plan =
+      plan_sums(shape, kSums, choice.v, choice.unroll, group, address_of(choice.kernel), arguments.branches);
   cudaError_t error = allocate_scratch(plan, arguments.branches, launch);
   if (error != cudaSuccess) return error;
   const dim3 grid(plan.grid, static_cast<unsigned>(arguments.branches));

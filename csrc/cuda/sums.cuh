@@ -39,6 +39,8 @@ struct Group {
       sum = fma(a, b, sum);
     }
   }
+  // Of a square nothing cancels that would bring the rounding to light.
+  __device__ __forceinline__ void add_square(C a) { sum = fma(a, a, sum); }
   __device__ __forceinline__ double total() const {
     const double wide = static_cast<double>(sum);
     // Of an infinite sum the rest is not a number.
@@ -51,20 +53,22 @@ struct Group {
 };
 
 struct SumsWalk {
-  int64_t outer;    // planes: N; rows: the rows
-  int64_t slots;    // accesses of a plane or of a row
-  int64_t inner;    // values of a plane or of a row
+  int64_t outer;  // planes: N; rows: the rows
+  int64_t slots;  // accesses of a plane or of a row
+  int64_t inner;  // values of a plane or of a row
   int64_t channels;
   int64_t mask_bytes;
   int64_t chunks;
-  int64_t splits;   // blocks that share a channel or a tile of channels
-  int64_t items;    // channels or tiles, times splits
-  int64_t tiles;    // rows
+  int64_t splits;                      // blocks that share a channel or a tile of channels
+  int64_t items;                       // channels or tiles, times splits
+  int64_t tiles;                       // rows
+  int64_t groups, group_splits;        // rows: the splits, counted in groups first
   int64_t thread_outer, thread_slots;  // planes: from a thread's place in a chunk to its next
   int64_t chunk_outer, chunk_slots;    // and from its chunk to its next
   int32_t tile_slots, tile_rows;       // rows
   double* partials;
   unsigned* arrived;
+  int64_t branch_partials, branch_counters;  // from one branch's to the next one's
 };
 
 // The place of one access.
@@ -154,6 +158,7 @@ __device__ __forceinline__ void sum_planes(const SumsWalk& w, const Begin& begin
     const int64_t first = split * (int64_t{U} * blockDim.x) + threadIdx.x;
     int64_t outer = first / w.slots;
     int64_t slot = first - outer * w.slots;
+#pragma unroll 1
     for (int64_t chunk = split; chunk < w.chunks; chunk += w.splits) {
       Place p[U];
       int64_t n = outer, s = slot;
@@ -215,6 +220,12 @@ struct ThreadSums {
   __device__ __forceinline__ double& at(int k, int i, int thread = 0) const {
     return own[(k * V + i) * kThreads + thread];
   }
+  // One after the other: there are no registers for all of them at once.
+  __device__ __forceinline__ void add(int k, int i, double term) const {
+    volatile double* to = own + (k * V + i) * kThreads;
+    *to = *to + term;
+  }
+  __device__ __forceinline__ double* of_thread(int thread) const { return own - threadIdx.x + thread; }
   __device__ __forceinline__ void clear() const {
 #pragma unroll
     for (int j = 0; j < K * V; ++j) own[j * kThreads] = 0;
@@ -239,8 +250,67 @@ __device__ __forceinline__ void sum_over_rows(const ThreadSums<K, V>& sums, int 
   }
 }
 
-// Rows: a block owns a tile of channels and of its rows the chunks s, s + splits, ...; a thread V channels, of which it adds a group of
-// rows at a time.
+// What a block and a thread of rows own: a tile of channels and of its rows the chunks split, split + splits, ...; of the tile V channels
+// and every tile_rows-th row.
+struct RowsOwner {
+  int tile, split, row, column;
+
+  // Opaque to the compiler, so that it makes them again behind the loop and keeps no registers for them all along.
+  __device__ __forceinline__ explicit RowsOwner(const SumsWalk& w) {
+    unsigned thread = threadIdx.x, block = blockIdx.x;
+    asm volatile("" : "+r"(thread), "+r"(block));
+    split = static_cast<int>(block / static_cast<unsigned>(w.tiles));
+    tile = static_cast<int>(block) - split * static_cast<int>(w.tiles);
+    row = static_cast<int>(thread) / w.tile_slots;
+    column = static_cast<int>(thread) - row * w.tile_slots;
+  }
+};
+
+// Puts the sums of a tile's blocks together, in the last of them; false in every other. Blocks are counted in groups first, for a single
+// block would be at it long: its SM reads no faster than any other.
+template <int K, int V>
+__device__ __forceinline__ bool merge_tile(const SumsWalk& w, const ThreadSums<K, V>& sums, const RowsOwner& own) {
+  const int width = w.tile_slots * V;
+  double* partials = w.partials + int64_t{own.tile} * (w.splits + w.groups) * K * width;
+  unsigned* arrived = w.arrived + int64_t{own.tile} * (w.groups + 1);
+  const auto put = [&](int64_t slot) {
+    for (int i = threadIdx.x; i < width; i += blockDim.x) {
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+        partials[(slot * K + k) * width + i] = sums.of_thread(i / V)[(k * V + i % V) * kThreads];
+      }
+    }
+  };
+  // Threads of a row read one channel each, as it lies, and leave the sums where sum_over_rows looks for them.
+  const int rows = static_cast<int>(blockDim.x) / width, row = threadIdx.x / width, i = threadIdx.x - row * width;
+  const auto merge = [&](int64_t first, int64_t count) {
+    double total[K] = {};
+    if (row < rows) {
+#pragma unroll 2
+      for (int64_t s = row; s < count; s += rows) {
+#pragma unroll
+        for (int k = 0; k < K; ++k) total[k] += partials[((first + s) * K + k) * width + i];
+      }
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+        sums.of_thread(row * w.tile_slots + i / V)[(k * V + i % V) * kThreads] = total[k];
+      }
+    }
+    sum_over_rows(sums, own.row, rows, w.tile_slots);
+  };
+  const int64_t group = own.split / w.group_splits, first = group * w.group_splits, left = w.splits - first;
+  const int64_t members = left < w.group_splits ? left : w.group_splits;
+  put(own.split);
+  if (!is_last_block(arrived + group, members)) return false;
+  merge(first, members);
+  if (w.groups == 1) return true;
+  put(w.splits + group);
+  if (!is_last_block(arrived + w.groups, w.groups)) return false;
+  merge(w.splits, w.groups);
+  return true;
+}
+
+// Rows: see RowsOwner. A thread adds a group of rows at a time.
 //   begin(first channel, count): the block prepares constants of the tile
 //   terms(places, column, groups): adds the terms of U rows
 //   finish(channel, sums): of the last block, one thread a channel
@@ -250,73 +320,50 @@ __device__ __forceinline__ void sum_rows(const SumsWalk& w, const Begin& begin, 
   constexpr int kRows = kGroup<T>;
   static_assert(kRows % U == 0);
   const ThreadSums<K, V> sums;
-  const int row = threadIdx.x / w.tile_slots, column = threadIdx.x - row * w.tile_slots;
-  const bool works = row < w.tile_rows;
-  for (int64_t item = blockIdx.x; item < w.items; item += gridDim.x) {
-    const int64_t tile = item % w.tiles, split = item / w.tiles;
-    const int64_t slot = tile * w.tile_slots + column;
-    const int64_t first_channel = tile * w.tile_slots * V;
-    const int64_t left = w.channels - first_channel, width = w.tile_slots * V;
-    const int channels = static_cast<int>(left < width ? left : width);
-    begin(first_channel, channels);
+  const auto channels_of = [&](int tile) {
+    const int64_t left = w.channels - int64_t{tile} * w.tile_slots * V, width = int64_t{w.tile_slots} * V;
+    return static_cast<int>(left < width ? left : width);
+  };
+  {
+    const RowsOwner own(w);
+    begin(int64_t{own.tile} * w.tile_slots * V, channels_of(own.tile));
     sums.clear();
     __syncthreads();
-    const bool has_values = works && slot < w.slots;
-    for (int64_t chunk = split; chunk < w.chunks; chunk += w.splits) {
+    const int64_t slot = int64_t{own.tile} * w.tile_slots + own.column;
+    const bool has_values = own.row < w.tile_rows && slot < w.slots;
+#pragma unroll 1
+    for (int64_t chunk = own.split; chunk < w.chunks; chunk += w.splits) {
       RowGroups<T, K, V, kCompensated> groups;
-#pragma unroll
+      // Where one row fills the registers, the loop must not be unrolled either.
+#pragma unroll(U == 1 ? 1 : 2)
       for (int g = 0; g < kRows; g += U) {
         Place p[U];
 #pragma unroll
         for (int u = 0; u < U; ++u) {
-          const int64_t r = (chunk * kRows + g + u) * w.tile_rows + row;
+          const int64_t r = (chunk * kRows + g + u) * w.tile_rows + own.row;
           p[u].active = has_values && r < w.outer;
           p[u].at = r * w.inner + slot * V;
           p[u].byte = r * w.mask_bytes + slot * V / 8;
           p[u].bit = static_cast<int>(slot * V % 8);
         }
-        terms(p, column, groups);
+        terms(p, own.column, groups);
       }
 #pragma unroll
       for (int k = 0; k < K; ++k) {
 #pragma unroll
-        for (int i = 0; i < V; ++i) sums.at(k, i) += groups.of[k][i].total();
+        for (int i = 0; i < V; ++i) sums.add(k, i, groups.of[k][i].total());
       }
     }
-    sum_over_rows(sums, row, w.tile_rows, w.tile_slots);
-    if (w.splits > 1) {
-      double* partial = w.partials + tile * w.splits * K * width;
-      if (row == 0) {
+  }
+  const RowsOwner own(w);
+  sum_over_rows(sums, own.row, w.tile_rows, w.tile_slots);
+  if (w.splits > 1 && !merge_tile(w, sums, own)) return;
+  const int channels = channels_of(own.tile);
+  for (int i = threadIdx.x; i < channels; i += blockDim.x) {
+    double of_channel[K];
 #pragma unroll
-        for (int k = 0; k < K; ++k) {
-#pragma unroll
-          for (int i = 0; i < V; ++i) partial[(split * K + k) * width + column * V + i] = sums.at(k, i);
-        }
-      }
-      if (!is_last_block(w.arrived + tile, w.splits)) continue;
-      sums.clear();
-      if (works) {
-        for (int64_t s = row; s < w.splits; s += w.tile_rows) {
-#pragma unroll
-          for (int k = 0; k < K; ++k) {
-#pragma unroll
-            for (int i = 0; i < V; ++i) sums.at(k, i) += partial[(s * K + k) * width + column * V + i];
-          }
-        }
-      }
-      sum_over_rows(sums, row, w.tile_rows, w.tile_slots);
-    }
-    if (row == 0) {
-#pragma unroll
-      for (int i = 0; i < V; ++i) {
-        const int64_t channel = slot * V + i;
-        double of_channel[K];
-#pragma unroll
-        for (int k = 0; k < K; ++k) of_channel[k] = sums.at(k, i);
-        if (channel < w.channels) finish(channel, of_channel);
-      }
-    }
-    __syncthreads();  // sums and constants are free again
+    for (int k = 0; k < K; ++k) of_channel[k] = sums.of_thread(i / V)[(k * V + i % V) * kThreads];
+    finish(int64_t{own.tile} * w.tile_slots * V + i, of_channel);
   }
 }
 
@@ -325,8 +372,7 @@ struct SumsPlan {
   unsigned grid;
   unsigned block;
   int64_t shared_bytes;
-  int64_t partial_doubles;  // of one branch
-  int64_t counters;
+  int64_t partial_doubles, counters;  // of one branch
 };
 
 // Enough blocks to fill the device, each with a few chunks to do.
@@ -341,7 +387,8 @@ inline SumsPlan plan_sums(const Shape& shape, int sums, int v, int unroll, int g
   int64_t groups = 0;
   if (shape.rows) {
     w.outer = shape.runs();
-    w.tiles = divide_up(w.slots, kThreads / v);
+    // Tiles of whole sectors and more, but narrow, so that a block sees many rows: what it writes for its channels is then little.
+    w.tiles = divide_up(w.slots, v > 1 ? 8 : 128);
     w.tile_slots = static_cast<int32_t>(divide_up(w.slots, w.tiles));
     w.tile_rows = kThreads / w.tile_slots;
     w.chunks = divide_up(w.outer, int64_t{group} * w.tile_rows);
@@ -361,6 +408,9 @@ inline SumsPlan plan_sums(const Shape& shape, int sums, int v, int unroll, int g
   w.splits = std::clamp<int64_t>(resident / std::max<int64_t>(groups * branches, 1), 1,
                                  std::max<int64_t>(w.chunks / kLeastChunks, 1));
   w.items = groups * w.splits;
+  constexpr int64_t kFew = 32;
+  w.group_splits = w.splits <= kFew ? w.splits : kFew;
+  w.groups = divide_up(w.splits, w.group_splits);
   plan.grid = grid_size(w.items);
   if (!shape.rows) {
     const int64_t chunk = int64_t{unroll} * plan.block * w.splits;
@@ -370,9 +420,15 @@ inline SumsPlan plan_sums(const Shape& shape, int sums, int v, int unroll, int g
     w.chunk_slots = chunk % w.slots;
   }
   if (w.splits > 1) {
-    const int64_t width = shape.rows ? int64_t{w.tile_slots} * v : 1;
-    plan.partial_doubles = w.items * sums * width;
-    plan.counters = groups;
+    if (shape.rows) {
+      plan.partial_doubles = w.tiles * (w.splits + w.groups) * sums * w.tile_slots * v;
+      plan.counters = w.tiles * (w.groups + 1);
+    } else {
+      plan.partial_doubles = w.items * sums;
+      plan.counters = groups;
+    }
+    w.branch_partials = plan.partial_doubles;
+    w.branch_counters = plan.counters;
   }
   return plan;
 }

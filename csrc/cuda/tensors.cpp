@@ -38,6 +38,9 @@ Shape shape_of(const Tensor& input) {
   int64_t positions = 1;
   for (int64_t d = 2; d < input.dim(); ++d) positions *= input.size(d);
   const bool rows = positions == 1 || memory_format(input) != MemoryFormat::Contiguous;
+  // A thread counts the channels of planes in 32 bits.
+  STD_TORCH_CHECK(rows || input.size(1) <= (int64_t{1} << 30), "input must have at most 2^30 channels, got shape ",
+                  shape_text(input));
   return {input.size(0), input.size(1), positions, rows};
 }
 

@@ -17,7 +17,8 @@ constexpr int kLanesPerByte = 8 / V;
 
 // A distance in slots, taken apart.
 struct Step {
-  int64_t runs, slots, channels;
+  int64_t runs, slots;
+  int32_t channels;
 };
 
 struct Walk {
@@ -37,7 +38,7 @@ template <int U>
 struct Places {
   int64_t at[U];       // the first value
   int64_t byte[U];     // its mask byte
-  int64_t channel[U];  // of planes
+  int32_t channel[U];  // of planes
   bool active[U];
   bool inside[U];
 };
@@ -63,10 +64,13 @@ __device__ __forceinline__ void walk_planes(const Walk& w, const Fill& fill, con
   const int64_t first = last * (int64_t{U} * blockDim.x) + threadIdx.x;
   int64_t run = first / w.slots;
   int64_t slot = first - run * w.slots;
-  int64_t channel = run % w.channels;
+  const int32_t channels = static_cast<int32_t>(w.channels);
+  int32_t channel = static_cast<int32_t>(run % w.channels);
+#pragma unroll 1
   for (int64_t chunk = last; chunk >= 0; chunk -= gridDim.x) {
     Places<U> p;
-    int64_t r = run, s = slot, c = channel;
+    int64_t r = run, s = slot;
+    int32_t c = channel;
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       p.inside[u] = r < w.runs;
@@ -82,7 +86,7 @@ __device__ __forceinline__ void walk_planes(const Walk& w, const Fill& fill, con
         ++r;
         ++c;
       }
-      if (c >= w.channels) c -= w.channels;
+      if (c >= channels) c -= channels;
     }
     body(p, [&](int u) {
       PlaneConstants<C, K, V> constants;
@@ -97,7 +101,7 @@ __device__ __forceinline__ void walk_planes(const Walk& w, const Fill& fill, con
       --run;
       --channel;
     }
-    if (channel < 0) channel += w.channels;
+    if (channel < 0) channel += channels;
   }
 }
 
@@ -123,6 +127,7 @@ __device__ __forceinline__ void walk_rows(const Walk& w, const Fill& fill, const
   const bool has_values = has_byte && slot * V < w.inner;
   const RowConstants<C, K, V> constants{shared, row < w.tile_rows ? column : 0, w.tile_slots};
   const int64_t step = gridDim.x / w.tiles;
+#pragma unroll 1
   for (int64_t chunk = w.chunks - 1 - blockIdx.x / w.tiles; chunk >= 0; chunk -= step) {
     Places<U> p;
     const int64_t first_row = chunk * U * w.tile_rows + row;
@@ -211,7 +216,7 @@ inline WalkPlan plan_walk(const Shape& shape, int v, int unroll, const void* ker
     w.chunks = divide_up(w.runs * w.slots, chunk);
     plan.grid = grid_size(std::min(resident, w.chunks));
     const auto step = [&](int64_t slots) {
-      return Step{slots / w.slots, slots % w.slots, slots / w.slots % w.channels};
+      return Step{slots / w.slots, slots % w.slots, static_cast<int32_t>(slots / w.slots % w.channels)};
     };
     w.thread_step = step(kThreads);
     w.chunk_step = step(chunk * plan.grid);
