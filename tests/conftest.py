@@ -6,6 +6,7 @@ import importlib.util
 import os
 import pathlib
 import platform
+import sys
 
 import pytest
 import torch
@@ -48,6 +49,7 @@ def _why_not_triton(backend_name: str) -> str | None:
     if backend_name == "ptx":
         if importlib.util.find_spec("cuda_on_cpu") is None:
             return "the emulator of CUDA is not there: `make test-triton` finds it"
+        sys.path.insert(0, str(ROOT / "tools"))
         import triton_ptx
 
         triton_ptx.begin()

@@ -11,9 +11,12 @@ _TARGET = "8.0"
 # Of a pretended device: programs that share channels, and few enough to emulate.
 _PROCESSORS = 2
 
+# What the emulator counted for each launch, of those who ask.
+launches: list[dict] | None = None
 
-def begin() -> None:
-    """Has the operators of CPU tensors go there."""
+
+def begin(processors: int = _PROCESSORS, **options) -> None:
+    """Has the operators of CPU tensors go there; ``options`` are those of the emulator."""
     from triton.runtime.jit import JITFunction
 
     from resnet_fused.ops import triton_kernels
@@ -21,11 +24,14 @@ def begin() -> None:
 
     triton_kernels._why_not = lambda kind, index: None if kind == "cpu" else "only the CPU is emulated"
     triton_kernels.serve("cpu", True)
-    configurations.processors = lambda device: _PROCESSORS
+    configurations.processors = lambda device: processors
 
     def launch(kernel, *positional, grid, warmup, num_warps, **arguments):
         arguments |= dict(zip(kernel.arg_names, positional, strict=False))
-        run(offline.Launch(kernel, grid(arguments) if callable(grid) else tuple(grid), num_warps, arguments))
+        grid = grid(arguments) if callable(grid) else tuple(grid)
+        counted = run(offline.Launch(kernel, grid, num_warps, arguments), **options)
+        if launches is not None:
+            launches.append({"name": kernel.__name__} | counted)
 
     # Launches of graphs come here, too.
     JITFunction.run = launch
