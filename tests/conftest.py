@@ -55,11 +55,12 @@ def _why_not_triton(backend_name: str) -> str | None:
         triton_ptx.begin()
         return None
     os.environ["TRITON_INTERPRET"] = "1"
-    os.environ["RESNET_FUSED_BACKEND"] = "triton"
     import triton_interpreter
 
+    from resnet_fused.ops import triton_kernels
     from resnet_fused.triton import launchers
 
+    triton_kernels.serve("cpu", True)
     triton_interpreter.mend()
     launchers._launch = triton_interpreter.guarded(launchers._launch)
     return None

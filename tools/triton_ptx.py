@@ -24,7 +24,7 @@ def begin(processors: int = _PROCESSORS, **options) -> None:
 
     triton_kernels._why_not = lambda kind, index: None if kind == "cpu" else "only the CPU is emulated"
     triton_kernels.serve("cpu", True)
-    configurations.processors = lambda device: processors
+    configurations.device_of = lambda device: configurations.Device(processors)
 
     def launch(kernel, *positional, grid, warmup, num_warps, **arguments):
         arguments |= dict(zip(kernel.arg_names, positional, strict=False))

@@ -12,14 +12,25 @@ import pathlib
 import re
 import tempfile
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import triton
 
 AUTOTUNE = os.environ.get("RESNET_FUSED_TRITON_AUTOTUNE") == "1"
 
-# Processors that the interpreter pretends to have: enough programs for several to share a channel.
-INTERPRETED_PROCESSORS = 1
+
+class Device(NamedTuple):
+    """What a plan has to know of a device: processors (streaming multiprocessors, compute units or the like), and lanes
+    of a warp.
+    """
+
+    processors: int
+    lanes: int = 32
+
+
+# What the interpreter pretends to be: enough programs for several to share a channel.
+INTERPRETED = Device(1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +54,7 @@ class Candidate:
     """What may differ from one launch to another of the same pass.
 
     Attributes:
-        warps: of a program.
+        warps: of a program, of 32 lanes; half as many of 64.
         accesses: of 16 bytes that a thread makes for a tile of one tensor.
         resident: programs that a processor is given.
     """
@@ -57,10 +68,13 @@ class Candidate:
 DEFAULTS = {
     "statistics": Candidate(8, 1, 4),
     "reduce": Candidate(8, 1, 4),
-    "forward": Candidate(4, 2, 8),
-    "backward": Candidate(4, 2, 8),
+    "forward": Candidate(4, 1, 8),
+    "backward": Candidate(4, 1, 8),
 }
 SEARCHED = tuple(Candidate(w, a, r) for w, r in ((4, 8), (8, 4), (16, 2)) for a in (1, 2))
+
+# Tiles of a sum that are read before any is used: more would be in flight, and registers would not do for them.
+UNROLL = 2
 
 # The most that partial sums may move, written and read, in passes over the tensor.
 _PARTIAL_PASSES = 0.08
@@ -93,13 +107,8 @@ def unit_of(size: int) -> int:
     return min(size & -size, 16) if size else 16
 
 
-def plan(kind: str, problem: Problem, processors: int, sums: int = 0, candidate: Candidate | None = None) -> Plan:
-    """How the pass ``kind`` goes over a tensor.
-
-    Args:
-        processors: of the device.
-        sums: how many sums a channel the pass writes.
-    """
+def plan(kind: str, problem: Problem, device: Device, sums: int = 0, candidate: Candidate | None = None) -> Plan:
+    """How the pass ``kind`` goes over a tensor; ``sums`` is how many sums a channel it writes."""
     candidate = candidate or DEFAULTS[kind]
     vector = 16 // problem.itemsize
     elements = candidate.warps * 32 * vector * candidate.accesses
@@ -110,7 +119,7 @@ def plan(kind: str, problem: Problem, processors: int, sums: int = 0, candidate:
     else:
         inner = _inner(problem.positions, elements)
         channels, others = min(elements // inner, _at_least(problem.channels)), inner
-    wanted = processors * candidate.resident
+    wanted = device.processors * candidate.resident
     while True:
         chunks, groups = _chunks(problem, others), _divided(problem.channels, channels)
         programs = min(max(wanted // max(groups, 1), 1), max(_divided(chunks, group), 1), _BLOCKS_MOST)
@@ -119,12 +128,12 @@ def plan(kind: str, problem: Problem, processors: int, sums: int = 0, candidate:
             programs = max(min(programs, int(most)), 1)
         narrower = channels // 2
         # Fewer channels a program, where there are not enough programs for the device.
-        if groups * programs >= processors or narrower < (_NARROWEST // problem.itemsize if problem.rows else 1):
+        if groups * programs >= device.processors or narrower < (_NARROWEST // problem.itemsize if problem.rows else 1):
             break
         channels = narrower
         if problem.rows:
             others = min(elements // channels, _at_least(problem.batch))
-    warps = min(max(channels * others // (32 * vector), 1), candidate.warps)
+    warps = min(max(channels * others // (device.lanes * vector), 1), max(candidate.warps * 32 // device.lanes, 1))
     return Plan(channels, others, warps, groups, chunks, programs)
 
 
@@ -159,28 +168,29 @@ def _waste(size: int, width: int) -> float:
 
 
 @functools.cache
-def processors(device: torch.device) -> int:
-    """Of a device, as far as it says: streaming multiprocessors, compute units or the like."""
+def device_of(device: torch.device) -> Device:
+    """What it says of itself."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
+        properties = torch.cuda.get_device_properties(device)
+        return Device(properties.multi_processor_count, getattr(properties, "warp_size", 32))
     if device.type == "xpu":
-        return torch.xpu.get_device_properties(device).gpu_subslice_count
-    return INTERPRETED_PROCESSORS
+        return Device(torch.xpu.get_device_properties(device).gpu_subslice_count)
+    return INTERPRETED
 
 
 def choose(kind: str, problem: Problem, device: torch.device, sums: int, attempt: Callable[[Plan], object]) -> Plan:
     """The plan of a pass; with autotuning the fastest, where ``attempt`` makes the pass and changes nothing."""
-    count = processors(device)
+    of_device = device_of(device)
     if not AUTOTUNE or not problem.count:
-        return plan(kind, problem, count, sums)
+        return plan(kind, problem, of_device, sums)
     cache = Cache.of(device)
     key = f"{kind} {problem} {sums}"
     found = cache.get(key)
     if found is None:
-        times = {c: _time(attempt, plan(kind, problem, count, sums, c)) for c in SEARCHED}
+        times = {c: _time(attempt, plan(kind, problem, of_device, sums, c)) for c in SEARCHED}
         found = min(times, key=times.get)
         cache.put(key, found)
-    return plan(kind, problem, count, sums, found)
+    return plan(kind, problem, of_device, sums, found)
 
 
 def _time(attempt: Callable[[Plan], object], chosen: Plan) -> float:

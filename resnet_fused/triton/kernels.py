@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 # Programs whose sums are added up at once.
-MERGED: tl.constexpr = tl.constexpr(16)
+MERGED: tl.constexpr = tl.constexpr(8)
 
 
 # Where a program is ----------------------------------------------------------------------------------------------------
@@ -188,6 +188,44 @@ def batch_norm_merge_kernel(partials, merged, splits, width, COLUMNS: tl.constex
 
 
 @triton.jit
+def _plus(sum_, rest, term, COMPENSATED: tl.constexpr):
+    """A sum and what its additions rounded off, by Knuth's two-sum."""
+    total = sum_ + term
+    if COMPENSATED:
+        part = total - sum_
+        rest += (sum_ - (total - part)) + (term - part)
+    return total, rest
+
+
+@triton.jit
+def _rounded_off(a, b, difference):
+    """a - b without what ``difference`` has of it."""
+    part = difference - a
+    return (a - (difference - part)) - (b + part)
+
+
+@triton.jit
+def _plus_product(sum_, rest, a, b, zero, COMPENSATED: tl.constexpr):
+    """The same with a product, and what that rounded off."""
+    if COMPENSATED:
+        product = tl.fma(a, b, zero)
+        rest += tl.fma(a, b, -product)
+        return _plus(sum_, rest, product, COMPENSATED)
+    else:
+        return tl.fma(a, b, sum_), rest
+
+
+@triton.jit
+def _total(sum_, rest, COMPENSATED: tl.constexpr):
+    wide = sum_.to(tl.float64)
+    if COMPENSATED:
+        # Of an infinite sum the rest is not a number.
+        return tl.where(sum_ - sum_ == 0, wide + rest.to(tl.float64), wide)
+    else:
+        return wide
+
+
+@triton.jit
 def _smaller(a, b):
     return tl.where(b < a, b, a)
 
@@ -236,12 +274,13 @@ def batch_norm_statistics_kernel(
     position_units,
     chunks,
     splits,
+    terms,
     ROWS: tl.constexpr,
     CHANNEL_UNIT: tl.constexpr,
     POSITION_UNIT: tl.constexpr,
     CHANNELS: tl.constexpr,
     OTHERS: tl.constexpr,
-    GROUP: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """Sums of x - shift and of its square, of one input or of both: the third axis of the grid. Reads each once."""
     channels, positions = channel_units * CHANNEL_UNIT, position_units * POSITION_UNIT
@@ -257,20 +296,25 @@ def batch_norm_statistics_kernel(
     shift = _along(shift, ROWS)
 
     SHAPE: tl.constexpr = (OTHERS, CHANNELS) if ROWS else (CHANNELS, OTHERS)
+    # Of float values: one that is far off the others, or a shift that is, would take their digits.
+    COMPENSATED: tl.constexpr = x.dtype.element_ty == tl.float32
     total = tl.zeros(SHAPE, tl.float64)
     total_square = tl.zeros(SHAPE, tl.float64)
-    for first in range(split, chunks, splits * GROUP):
+    for first in range(split, chunks, splits * terms):
         sum_ = tl.zeros(SHAPE, shift.dtype)
+        rest = tl.zeros(SHAPE, shift.dtype)
         square = tl.zeros(SHAPE, shift.dtype)
-        for g in tl.static_range(GROUP):
-            at, there = _place(
-                channel, first + g * splits, chunks, batch, channels, positions, ROWS, CHANNELS, OTHERS
-            )
-            value = _wide(tl.load(x + at, mask=there, other=0.0))
-            difference = tl.where(there, value - shift, 0.0)
-            sum_ += difference
-            square = tl.fma(difference, difference, square)
-        total += sum_.to(tl.float64)
+        for step in range(0, terms, UNROLL):
+            for u in tl.static_range(UNROLL):
+                chunk = first + (step + u) * splits
+                at, there = _place(channel, chunk, chunks, batch, channels, positions, ROWS, CHANNELS, OTHERS)
+                value = _wide(tl.load(x + at, mask=there, other=0.0))
+                difference = tl.where(there, value - shift, 0.0)
+                sum_, rest = _plus(sum_, rest, difference, COMPENSATED)
+                if COMPENSATED:
+                    rest += tl.where(there, _rounded_off(value, shift, difference), 0.0)
+                square = tl.fma(difference, difference, square)
+        total += _total(sum_, rest, COMPENSATED)
         total_square += square.to(tl.float64)
     AXIS: tl.constexpr = 0 if ROWS else 1
     to = partials + split.to(tl.int64) * 2 * channels + channel
@@ -566,37 +610,6 @@ def _kept(
 
 
 @triton.jit
-def _plus(sum_, rest, term, COMPENSATED: tl.constexpr):
-    """A sum and what its additions rounded off, by Knuth's two-sum."""
-    total = sum_ + term
-    if COMPENSATED:
-        part = total - sum_
-        rest += (sum_ - (total - part)) + (term - part)
-    return total, rest
-
-
-@triton.jit
-def _plus_product(sum_, rest, a, b, zero, COMPENSATED: tl.constexpr):
-    """The same with a product, and what that rounded off."""
-    if COMPENSATED:
-        product = tl.fma(a, b, zero)
-        rest += tl.fma(a, b, -product)
-        return _plus(sum_, rest, product, COMPENSATED)
-    else:
-        return tl.fma(a, b, sum_), rest
-
-
-@triton.jit
-def _total(sum_, rest, COMPENSATED: tl.constexpr):
-    wide = sum_.to(tl.float64)
-    if COMPENSATED:
-        # Of an infinite sum the rest is not a number.
-        return tl.where(sum_ - sum_ == 0, wide + rest.to(tl.float64), wide)
-    else:
-        return wide
-
-
-@triton.jit
 def _origin(mean, TYPE: tl.constexpr):
     """What differences are taken from: the mean as a value of ``TYPE``, so that of 16-bit values they are exact."""
     origin = _as_written(mean, TYPE)
@@ -628,6 +641,7 @@ def batch_norm_backward_reduce_kernel(
     position_units,
     chunks,
     splits,
+    terms,
     TWO: tl.constexpr,
     ROWS: tl.constexpr,
     FROM_INPUT: tl.constexpr,
@@ -637,7 +651,7 @@ def batch_norm_backward_reduce_kernel(
     POSITION_UNIT: tl.constexpr,
     CHANNELS: tl.constexpr,
     OTHERS: tl.constexpr,
-    GROUP: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """Sums of the gradient behind the ReLU, of it times (x - mean), and of it times (x2 - mean2) with a second branch.
 
@@ -668,52 +682,53 @@ def batch_norm_backward_reduce_kernel(
     total = tl.zeros(SHAPE, tl.float64)
     total_xmu = tl.zeros(SHAPE, tl.float64)
     total_xmu2 = tl.zeros(SHAPE, tl.float64)
-    for first in range(split, chunks, splits * GROUP):
+    for first in range(split, chunks, splits * terms):
         sum_, rest = nothing, nothing
         xmu, rest_xmu = nothing, nothing
         xmu2, rest_xmu2 = nothing, nothing
-        for g in tl.static_range(GROUP):
-            chunk = first + g * splits
-            at, there = _place(channel, chunk, chunks, batch, channels, positions, ROWS, CHANNELS, OTHERS)
-            value = nothing
-            grad = _wide(tl.load(gradient + at, mask=there, other=0.0))
-            if x is not None:
-                value = _wide(tl.load(x + at, mask=there, other=0.0))
-            if x2 is not None:
-                value2 = _wide(tl.load(x2 + at, mask=there, other=0.0))
-            kept = _kept(
-                grad,
-                there,
-                value - m,
-                scale,
-                b,
-                mask,
-                group,
-                chunk,
-                chunks,
-                batch,
-                channels,
-                positions,
-                TYPE,
-                FROM_INPUT,
-                ROWS,
-                CHANNELS,
-                OTHERS,
-            )
-            sum_, rest = _plus(sum_, rest, kept, COMPENSATED)
-            if x is not None:
-                # Zero where there is no value, and not zero times what is there: that may be infinite.
-                difference = tl.where(there, value - from_origin, 0.0)
-                xmu, rest_xmu = _plus_product(xmu, rest_xmu, kept, difference, unknown_zero, COMPENSATED)
-            if x2 is not None:
-                difference = tl.where(there, value2 - from_origin2, 0.0)
-                xmu2, rest_xmu2 = _plus_product(xmu2, rest_xmu2, kept, difference, unknown_zero, COMPENSATED)
-            if grad_residual is not None:
-                tl.store(grad_residual + at, kept.to(TYPE), mask=there)
-            if grad_input is not None:
-                tl.store(grad_input + at, (kept * scale).to(TYPE), mask=there)
-            if grad_input2 is not None:
-                tl.store(grad_input2 + at, (kept * scale2).to(TYPE), mask=there)
+        for step in range(0, terms, UNROLL):
+            for u in tl.static_range(UNROLL):
+                chunk = first + (step + u) * splits
+                at, there = _place(channel, chunk, chunks, batch, channels, positions, ROWS, CHANNELS, OTHERS)
+                value = nothing
+                grad = _wide(tl.load(gradient + at, mask=there, other=0.0))
+                if x is not None:
+                    value = _wide(tl.load(x + at, mask=there, other=0.0))
+                if x2 is not None:
+                    value2 = _wide(tl.load(x2 + at, mask=there, other=0.0))
+                kept = _kept(
+                    grad,
+                    there,
+                    value - m,
+                    scale,
+                    b,
+                    mask,
+                    group,
+                    chunk,
+                    chunks,
+                    batch,
+                    channels,
+                    positions,
+                    TYPE,
+                    FROM_INPUT,
+                    ROWS,
+                    CHANNELS,
+                    OTHERS,
+                )
+                sum_, rest = _plus(sum_, rest, kept, COMPENSATED)
+                if x is not None:
+                    # Zero where there is no value, and not zero times what is there: that may be infinite.
+                    difference = tl.where(there, value - from_origin, 0.0)
+                    xmu, rest_xmu = _plus_product(xmu, rest_xmu, kept, difference, unknown_zero, COMPENSATED)
+                if x2 is not None:
+                    difference = tl.where(there, value2 - from_origin2, 0.0)
+                    xmu2, rest_xmu2 = _plus_product(xmu2, rest_xmu2, kept, difference, unknown_zero, COMPENSATED)
+                if grad_residual is not None:
+                    tl.store(grad_residual + at, kept.to(TYPE), mask=there)
+                if grad_input is not None:
+                    tl.store(grad_input + at, (kept * scale).to(TYPE), mask=there)
+                if grad_input2 is not None:
+                    tl.store(grad_input2 + at, (kept * scale2).to(TYPE), mask=there)
         total += _total(sum_, rest, COMPENSATED)
         if x is not None:
             total_xmu += _total(xmu, rest_xmu, COMPENSATED)
@@ -728,6 +743,13 @@ def batch_norm_backward_reduce_kernel(
 
 
 @triton.jit
+def _from_origin_to_mean(mean, grad, TYPE: tl.constexpr):
+    """What comes off the sum of products; of an infinite sum nothing does."""
+    distance = mean.to(tl.float64) - _origin(mean, TYPE).to(tl.float64)
+    return tl.where(grad - grad == 0, distance * grad, 0.0)
+
+
+@triton.jit
 def _sums(
     partials, splits, mean, mean2, channel, known, channels, TWO: tl.constexpr, TYPE: tl.constexpr, DOUBLE: tl.constexpr
 ):
@@ -736,12 +758,12 @@ def _sums(
     grad = _merged(partials, 0, SUMS, splits, channel, known, channels)
     m = _vector(mean, channel, known, 0.0, DOUBLE)
     xmu = _merged(partials, 1, SUMS, splits, channel, known, channels)
-    xmu -= (m.to(tl.float64) - _origin(m, TYPE).to(tl.float64)) * grad
+    xmu -= _from_origin_to_mean(m, grad, TYPE)
     xmu2 = xmu
     if TWO:
         m = _vector(mean2, channel, known, 0.0, DOUBLE)
         xmu2 = _merged(partials, 2, SUMS, splits, channel, known, channels)
-        xmu2 -= (m.to(tl.float64) - _origin(m, TYPE).to(tl.float64)) * grad
+        xmu2 -= _from_origin_to_mean(m, grad, TYPE)
     return grad, xmu, xmu2
 
 

@@ -19,7 +19,7 @@ from . import configurations, kernels
 from .configurations import Plan, Problem
 
 # Sums that the programs of the next pass add up by themselves.
-_FEW = kernels.MERGED.value
+_FEW = 2 * kernels.MERGED.value
 # Channels of a program that goes over vectors of them.
 _CHANNELS = 64
 _ADD_BYTES = 4096  # of a program's tile of add_relu: two accesses of 128 threads
@@ -136,7 +136,7 @@ def _tile(problem: Problem, plan: Plan) -> dict:
 
 def _plan(kind: str, problem: Problem, input: Tensor, sums: int, attempt: Callable[[Plan], object]) -> Plan:
     if getattr(_state, "traced", False):
-        return configurations.plan(kind, problem, configurations.processors(input.device), sums)
+        return configurations.plan(kind, problem, configurations.device_of(input.device), sums)
     return configurations.choose(kind, problem, input.device, sums, attempt)
 
 
@@ -170,7 +170,8 @@ def _statistics_pass(problem: Problem, *inputs: Tensor) -> tuple[Tensor, Tensor]
             "partials": partials,
             "shifts": shifts,
             "splits": plan.programs,
-            "GROUP": configurations.group_of(problem.itemsize),
+            "terms": configurations.group_of(problem.itemsize),
+            "UNROLL": configurations.UNROLL,
         }
         grid = (plan.groups, plan.programs, len(inputs))
         _launch(kernels.batch_norm_statistics_kernel, grid, plan.warps, arguments | _tile(problem, plan))
@@ -495,7 +496,8 @@ class _Backward:
             "x": self.first.input if read_input or self.from_input else None,
             "x2": self.second.input if self.second is not None and read_input2 else None,
             "zero": 0.0,
-            "GROUP": configurations.group_of(problem.itemsize),
+            "terms": configurations.group_of(problem.itemsize),
+            "UNROLL": configurations.UNROLL,
         }
 
         def run(plan: Plan) -> Tensor:

@@ -87,16 +87,15 @@ def _divisible(value) -> bool:
 
 
 @contextlib.contextmanager
-def intercepted(function: Callable[[Launch], None], processors: int | None = None):
-    """Launches inside go to ``function``; plans are made for a device of so many processors, where they are given."""
-    before = launchers._launch, configurations.processors
+def intercepted(function: Callable[[Launch], None], device: configurations.Device):
+    """Launches inside go to ``function``, with plans for ``device``."""
+    before = launchers._launch, configurations.device_of
     launchers._launch = lambda kernel, grid, warps, arguments: function(Launch(kernel, tuple(grid), warps, arguments))
-    if processors is not None:
-        configurations.processors = lambda device: processors
+    configurations.device_of = lambda _: device
     try:
         yield
     finally:
-        launchers._launch, configurations.processors = before
+        launchers._launch, configurations.device_of = before
 
 
 _compiled: dict[tuple, object] = {}
