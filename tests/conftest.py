@@ -2,9 +2,11 @@
 
 import contextlib
 import ctypes
+import importlib.util
 import os
 import pathlib
 import platform
+import sys
 
 import pytest
 import torch
@@ -12,8 +14,9 @@ import torch
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 # The device whose tensors exercise a backend: the CPU library, the CUDA library on a GPU, and the same library on a CPU
-# under an emulator that checks every access to memory.
-DEVICES = {"compiled": "cpu", "cuda": "cuda", "emulated": "cpu"}
+# under an emulator that checks every access to memory; the Triton kernels in Triton's interpreter, and what Triton
+# compiles of them in the emulator.
+DEVICES = {"compiled": "cpu", "cuda": "cuda", "emulated": "cpu", "triton": "cpu", "ptx": "cpu"}
 
 _M_MMAP_THRESHOLD, _M_PERTURB = -3, -6
 
@@ -29,12 +32,38 @@ def pytest_configure(config):
     config.why_not = None
     if backend_name == "emulated":
         config.why_not = _why_not_emulated()
+    if backend_name in ("triton", "ptx"):
+        config.why_not = _why_not_triton(backend_name)
     from resnet_fused.ops import backend
 
     if backend_name == "cuda":
         config.why_not = backend.why_not_compiled(torch.device("cuda"))
     if config.why_not and os.environ.get("RESNET_FUSED_REQUIRE_EMULATION") == "1" and backend_name == "emulated":
         pytest.exit(f"RESNET_FUSED_REQUIRE_EMULATION=1, but {config.why_not}", returncode=1)
+
+
+def _why_not_triton(backend_name: str) -> str | None:
+    """Why the Triton kernels cannot run here; where they can, has them serve CPU tensors."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: `pip install triton`"
+    if backend_name == "ptx":
+        if importlib.util.find_spec("cuda_on_cpu") is None:
+            return "the emulator of CUDA is not there: `make test-triton` finds it"
+        sys.path.insert(0, str(ROOT / "tools"))
+        import triton_ptx
+
+        triton_ptx.begin()
+        return None
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton_interpreter
+
+    from resnet_fused.ops import triton_kernels
+    from resnet_fused.triton import launchers
+
+    triton_kernels.serve("cpu", True)
+    triton_interpreter.mend()
+    launchers._launch = triton_interpreter.guarded(launchers._launch)
+    return None
 
 
 def _why_not_emulated() -> str | None:
@@ -104,6 +133,17 @@ def _unwritten_memory_is_garbage():
 def _mallopt(option: int, value: int) -> None:
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).mallopt(option, value)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _empty_tensors_are_nan(backend_name):
+    """Of the Triton backends, whose launchers allocate in Python: torch.empty gives NaN, and no zero by chance."""
+    if backend_name not in ("triton", "ptx"):
+        yield
+        return
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

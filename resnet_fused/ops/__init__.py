@@ -1,7 +1,7 @@
 """``torch.ops.resnet_fused``: loads the compiled libraries and completes the operators with what Python gives them.
 
-Schemas come from ``_ops``, CPU kernels from ``_cpu`` (shared objects of ``csrc/``); fake kernels, autograd, autocast
-and the reference, which serves every device that has no kernel of its own, from the modules here.
+Schemas come from ``_ops``, CPU kernels from ``_cpu`` (shared objects of ``csrc/``); fake kernels, autograd, autocast,
+the Triton kernels and the reference, which serves every device that has no kernel of its own, from the modules here.
 """
 
 import torch
@@ -10,11 +10,9 @@ from . import library
 
 library.load()
 
-from . import autocast, autograd, fake, reference  # noqa: E402  (they need the operators to exist)
-
-OPERATORS = tuple(
-    name for name, member in vars(fake).items() if getattr(member, "__module__", "") == fake.__name__ and name[0] != "_"
-)
+# They need the operators to exist.
+from . import autocast, autograd, backend, fake, reference, triton_kernels  # noqa: E402
+from .fake import OPERATORS  # noqa: E402
 
 _REGISTRATIONS = torch.library.Library("resnet_fused", "IMPL")
 
@@ -25,6 +23,8 @@ def _register() -> None:
         torch.library.register_fake(f"resnet_fused::{name}", getattr(fake, name), lib=_REGISTRATIONS)
     autograd.register(_REGISTRATIONS)
     autocast.register(_REGISTRATIONS)
+    triton_kernels.register(_REGISTRATIONS)
+    backend.begin()
 
 
 _register()

@@ -1,12 +1,18 @@
-"""Which backend serves a call: the compiled kernels where there are some for the device, plain torch elsewhere.
+"""Which backend serves a call: the compiled kernels where there are some for the device, Triton where it has some, plain
+torch elsewhere.
 
 ``RESNET_FUSED_BACKEND`` or :func:`backend` ask for one. Asking for one that cannot run is an error that says why.
+
+The dispatcher has one kernel of an operator for a kind of device. Where Triton serves CUDA, it does so on every GPU of
+the machine; and while some thread is inside ``backend("triton")``, it does so for all of them: whoever did not ask gets
+the same maths from another kernel.
 """
 
 import contextlib
 import contextvars
 import functools
 import os
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -14,9 +20,9 @@ from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
-from . import architectures, library
+from . import architectures, library, triton_kernels
 
-BACKENDS = ("auto", "compiled", "reference")
+BACKENDS = ("auto", "compiled", "triton", "reference")
 DTYPES = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
 
 
@@ -32,7 +38,8 @@ _choice: contextvars.ContextVar[str] = contextvars.ContextVar("resnet_fused_back
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Chooses the backend of the calls inside: ``"auto"``, ``"compiled"`` or ``"reference"``, plain torch operations.
+    """Chooses the backend of the calls inside: ``"auto"``, ``"compiled"``, ``"triton"`` or ``"reference"``, plain torch
+    operations.
 
     What torch.compile compiles keeps the choice of the moment it was traced. A thread that is started inside has the
     choice of the environment, as with every context variable.
@@ -42,7 +49,8 @@ def backend(name: str) -> Iterator[None]:
     """
     token = _choice.set(_checked(name, "backend"))
     try:
-        yield
+        with _installed(name):
+            yield
     finally:
         _choice.reset(token)
 
@@ -61,7 +69,7 @@ def _current_while_compiling() -> str:
 def why_not_compiled(device: torch.device) -> str | None:
     """Why the compiled kernels do not serve ``device``; None where they do."""
     if device.type == "cpu":
-        return None
+        return library.why_no_cpu()
     if device.type == "cuda":
         return _why_not_cuda(device.index)
     return f"this build has no compiled kernels for {device.type} tensors"
@@ -78,31 +86,105 @@ def _why_not_cuda(index: int | None) -> str | None:
     return architectures.why_not_on(library.cuda_architectures(), torch.cuda.get_device_capability(index))
 
 
+def serving(device: torch.device, choice: str | None = None) -> tuple[str, str | None]:
+    """The backend that serves ``device``, ``"compiled"``, ``"triton"`` or ``"reference"``, and why none before it does.
+
+    Args:
+        choice: the backend asked for; by default the current one. Where it cannot run, the answer is ``"reference"``.
+    """
+    return _serving(device.type, device.index, choice or _choice.get())
+
+
+@functools.cache
+def _serving(kind: str, index: int | None, choice: str) -> tuple[str, str | None]:
+    device = torch.device(kind, index)
+    if choice == "reference":
+        return "reference", "the backend 'reference' was asked for"
+    not_compiled = why_not_compiled(device)
+    if choice == "triton":
+        reason = triton_kernels.why_not(device)
+        return ("triton", None) if reason is None else ("reference", reason)
+    if not_compiled is None:
+        return "compiled", None
+    if choice == "compiled":
+        return "reference", not_compiled
+    # The interpreter is for tests, and has to be asked for.
+    not_triton = "there are no kernels of Triton for the CPU" if kind == "cpu" else triton_kernels.why_not(device)
+    if not_triton is None:
+        _found.add(kind)
+        triton_kernels.serve(kind, True)
+        return "triton", not_compiled
+    return "reference", not_compiled if kind == "cpu" else f"{not_compiled}; {not_triton}"
+
+
+def begin() -> None:
+    """Has Triton serve what the environment asks for, or what no compiled library may serve, before any call."""
+    _install(_FROM_ENVIRONMENT)
+
+
+_asked: list[str] = []
+_LOCK = threading.Lock()
+
+
+@contextlib.contextmanager
+def _installed(name: str) -> Iterator[None]:
+    """The kernels of a choice, for as long as it lasts."""
+    with _LOCK:
+        _asked.append(name)
+        _install(name)
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _asked.remove(name)
+            _install(_asked[-1] if _asked else _FROM_ENVIRONMENT)
+
+
+def _install(choice: str) -> None:
+    if choice == "reference":
+        return
+    for kind in triton_kernels.KEYS:
+        if not triton_kernels.may_serve(kind):
+            continue
+        if choice == "triton":
+            wanted = True
+        elif choice == "compiled" or kind == "cpu":
+            wanted = False
+        else:
+            # A library that is loaded is asked about each GPU at the GPU's first call.
+            wanted = kind != "cuda" or library.why_no_cuda() is not None or kind in _found
+        triton_kernels.serve(kind, wanted)
+
+
+# Kinds of devices of which a call of the automatic choice found that the compiled library does not serve them all.
+_found: set[str] = set()
+
+
 @torch.compiler.assume_constant_result
-def _is_served_while_compiling(kind: str, index: int | None) -> bool:
+def _server_while_compiling(kind: str, index: int | None, choice: str) -> str:
     """A constant of the compiled graph: Dynamo need not trace what asks the driver."""
-    return why_not_compiled(torch.device(kind, index)) is None
+    return _serving(kind, index, choice)[0]
 
 
 def is_fused(input: Tensor) -> bool:
     """Whether the fused operators run for ``input``, rather than the unfused torch operations.
 
     Raises:
-        RuntimeError: the compiled backend was asked for and does not serve the device of ``input``.
+        RuntimeError: a backend was asked for that cannot serve the device of ``input``.
     """
     compiling = torch.compiler.is_compiling()
     choice = _current_while_compiling() if compiling else _choice.get()
     if choice == "reference" or input.dtype not in DTYPES or input.layout is not torch.strided:
         return False
-    if not input.is_cpu:
+    if not input.is_cpu or choice == "triton" or not _CPU_IS_COMPILED:
         device = input.device
         if compiling:
-            served = _is_served_while_compiling(device.type, device.index)
+            served = _server_while_compiling(device.type, device.index, choice)
         else:
-            served = why_not_compiled(device) is None
-        if not served:
-            if choice == "compiled":
-                raise RuntimeError(f"the backend 'compiled' was asked for, but {why_not_compiled(device)}")
+            served = _serving(device.type, device.index, choice)[0]
+        if served == "reference":
+            if choice != "auto":
+                raise RuntimeError(f"the backend {choice!r} was asked for, but {serving(device, choice)[1]}")
             return False
     # functorch's transforms and forward-mode AD differentiate torch's operations, not ours; torch.jit.trace records
     # them.
@@ -114,6 +196,9 @@ def is_fused(input: Tensor) -> bool:
         return False
     kind = type(input)
     return compiling or kind is Tensor or kind is torch.nn.Parameter or not _is_wrapper(input)
+
+
+_CPU_IS_COMPILED = library.why_no_cpu() is None
 
 
 def _is_wrapper(input: Tensor) -> bool:

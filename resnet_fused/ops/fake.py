@@ -305,3 +305,8 @@ def dual_batch_norm_add_relu_train_with_update(
         input, weight, bias, input2, weight2, bias2, eps, eps2, relu, save_mask
     )
     return output, mean, invstd, mean2, invstd2, mask
+
+
+OPERATORS = tuple(
+    name for name, member in list(vars().items()) if getattr(member, "__module__", "") == __name__ and name[0] != "_"
+)

@@ -1,5 +1,8 @@
 """Finds and loads the shared objects that ``setup.py`` builds.
 
+A package that was built with ``RESNET_FUSED_NO_EXTENSIONS=1`` has none of them, but the schemas of ``csrc/ops.cpp`` as
+text. GPUs are then Triton's, and CPU tensors go to the reference.
+
 ``_cuda`` is loaded where torch has CUDA, with or without a GPU. ``RESNET_FUSED_EMULATED=file`` loads the CUDA library
 that ``make emulated`` built for CPU tensors, in place of ``_cpu``; it runs under an emulator alone.
 """
@@ -14,6 +17,11 @@ import torch
 CPU_CAPABILITIES = ("default", "avx2", "avx512")
 _PACKAGE = pathlib.Path(__file__).resolve().parent.parent
 EMULATED = os.environ.get("RESNET_FUSED_EMULATED") or None
+
+# The schemas as text, one a line, of a package without shared objects.
+_SCHEMAS = _PACKAGE / "ops" / "schemas.txt"
+_NO_EXTENSIONS = "the package was built without compiled libraries (RESNET_FUSED_NO_EXTENSIONS=1)"
+_definitions: torch.library.Library | None = None
 
 # Why there are no CUDA kernels; None where they are loaded.
 _why_no_cuda: str | None = "the libraries of the package are not loaded"
@@ -31,10 +39,16 @@ def load() -> None:
         ImportError: the package is not built, or the emulated library was asked for and cannot run.
         ValueError: ``RESNET_FUSED_CPU_CAPABILITY`` is no instruction set.
     """
-    global _why_no_cuda
+    global _why_no_cuda, _definitions
     asked = os.environ.get("RESNET_FUSED_CPU_CAPABILITY") or "avx512"
     if asked not in CPU_CAPABILITIES:
         raise ValueError(f"RESNET_FUSED_CPU_CAPABILITY must be one of {', '.join(CPU_CAPABILITIES)}, got {asked!r}")
+    if _SCHEMAS.is_file() and not path("_ops").is_file():
+        _definitions = torch.library.Library("resnet_fused", "DEF")
+        for schema in _SCHEMAS.read_text(encoding="utf-8").splitlines():
+            _definitions.define(schema)
+        _why_no_cuda = _NO_EXTENSIONS
+        return
     for name in ("_ops",) if EMULATED else ("_ops", "_cpu"):
         if not path(name).is_file():
             raise ImportError(
@@ -76,6 +90,11 @@ def _load_cuda() -> str | None:
     return None
 
 
+def why_no_cpu() -> str | None:
+    """Why there are no compiled kernels for the CPU; None where there are."""
+    return None if _definitions is None else _NO_EXTENSIONS
+
+
 def why_no_cuda() -> str | None:
     """Why the CUDA library is not loaded; None where it is."""
     return _why_no_cuda
@@ -93,9 +112,9 @@ def cpu_capability() -> str:
     """The instruction set of the CPU kernels in use: ``"avx512"``, ``"avx2"`` or ``"default"``.
 
     It is the best that the machine has; ``RESNET_FUSED_CPU_CAPABILITY``, read as the package is imported, asks for a
-    lower one. ``"none"`` where the emulated CUDA library serves the CPU.
+    lower one. ``"none"`` where the emulated CUDA library serves the CPU, or nothing compiled.
     """
-    return "none" if EMULATED else _text(str(path("_cpu")), "resnet_fused_cpu_capability")
+    return "none" if EMULATED or _definitions else _text(str(path("_cpu")), "resnet_fused_cpu_capability")
 
 
 def _text(file: str, name: str) -> str:
