@@ -30,17 +30,17 @@ class SavedActivations:
         self._excluded = set()
         if model is not None:
             tensors = (*model.parameters(), *model.buffers())
-            self._excluded = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+            self._excluded = {tensor.untyped_storage()._cdata for tensor in tensors}
         self._storages: dict[int, torch.UntypedStorage] = {}
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
         self.bytes = 0
 
     def _pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._excluded:
+        if storage._cdata not in self._excluded:  # not by the address of its data, which a fake tensor does not have
             # The storage itself is held, lest its address be given out again before all is counted.
-            self._storages[storage.data_ptr()] = storage
-        return tensor
+            self._storages[storage._cdata] = storage
+        return tensor.detach()  # a node that saves its own output would keep itself
 
     def __enter__(self) -> "SavedActivations":
         self._hooks.__enter__()

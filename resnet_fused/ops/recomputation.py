@@ -14,6 +14,7 @@ A value is made when the first use asks for it, stays while others have yet to a
 Nothing here refers to an output or to a node, so that a graph is freed by reference counts alone.
 """
 
+import contextlib
 import math
 import threading
 import weakref
@@ -34,6 +35,8 @@ _LIBRARY = torch.ops.resnet_fused
 # A chain of recipes no longer than this is made at once and held. Of a longer one the nearest stretch is held, of about
 # the square root of its length, and as many anchors to make the others from: each is made twice at most.
 HELD_CHAIN = 8
+
+COMPILED = "torch.compile decides what is kept and what is made again"
 
 # Reentrant, for the garbage collector may run the end of a use while it is held.
 _lock = threading.RLock()
@@ -156,15 +159,17 @@ class Recipe(_Shared):
         operands, vectors: what it is made of, each None, a Kept or a use of something else.
         strides: of the first operand, whose layout the output takes over.
         version: of the output, when it is what the recipe makes.
+        thinned: whether it was made for a long chain and not held, so that it stands between two anchors.
     """
 
-    __slots__ = ("dtype", "operands", "output", "run", "storage", "strides", "vectors", "version")
+    __slots__ = ("dtype", "operands", "output", "run", "storage", "strides", "thinned", "vectors", "version")
 
     def __init__(self, output: Tensor, outer, run: Callable, operands: tuple, vectors: tuple, strides: tuple[int, ...]):
         super().__init__(outer)
         self.run, self.operands, self.vectors, self.strides = run, operands, vectors, strides
         self.dtype, self.version = output.dtype, output._version
         self.storage = StorageWeakRef(output.untyped_storage())
+        self.thinned = False
         self.output = weakref.ref(output, _owned.pop_output)
 
     def at_hand(self) -> Tensor | None:
@@ -210,7 +215,7 @@ class Recipe(_Shared):
 def _make(target: Recipe) -> Tensor:
     """Makes a recipe and what it is made of, from the bottom up: a network may have hundreds of blocks in a row."""
     stack, made = [target], {}
-    longest = 0
+    longest, all_held = 0, target.thinned
     while True:
         recipe = stack[-1]
         for below in recipe.below():
@@ -226,19 +231,18 @@ def _make(target: Recipe) -> Tensor:
             value = recipe.make(made)
             for below in recipe.below():
                 made.pop(below, None)
-            if _is_held(recipe, len(stack), longest):
+            # What is unpacked twice in a backward, checkpointing refuses.
+            recipe.thinned = not (all_held or recipe.outer is not None or _is_held(len(stack), longest))
+            if not recipe.thinned:
                 recipe.hold(value)
             if not stack:
                 return value
             made[recipe] = value
 
 
-def _is_held(recipe: Recipe, above: int, longest: int) -> bool:
-    """Whether others that need the value find it, or make it again; ``above`` are yet to be made of it."""
-    # What is unpacked twice in a backward, checkpointing refuses.
-    if longest <= HELD_CHAIN or recipe.outer is not None:
-        return True
-    stretch = math.isqrt(longest)
+def _is_held(above: int, longest: int) -> bool:
+    """Whether others find a value of a chain, or make it again; ``above`` are yet to be made of it."""
+    stretch = 1 if longest <= HELD_CHAIN else math.isqrt(longest)
     return above < stretch or above % stretch == 0
 
 
@@ -291,7 +295,8 @@ def _link(tensor: Tensor | None, outer, keep: bool = True):
         if not keep:
             return None
         if tensor.requires_grad:
-            tensor = tensor.detach()  # of the graph above it nothing is kept
+            # It may be the output of the node that saves it, whose graph would then keep itself.
+            tensor = tensor.detach()
         kept = _kept[key] = Kept(tensor) if outer is None else Packed(tensor, outer)
     return kept if type(kept) is Kept else _Use(kept)
 
@@ -310,6 +315,7 @@ class _Scope:
         except (NotImplementedError, RuntimeError):
             if _has_storage(tensor):
                 raise
+        tensor = tensor.detach()
         return Kept(tensor) if self.outer is None else _Use(_Opaque(tensor, self.outer))
 
 
@@ -351,13 +357,13 @@ def is_on() -> bool:
 def why_not() -> str | None:
     """Why nothing is recomputed of what runs here and now; None where it is, or would be inside :class:`recompute`."""
     if torch.compiler.is_compiling():
-        return "torch.compile decides what is kept and what is made again"
+        return COMPILED
     if not torch._C._autograd._saved_tensors_hooks_is_enabled():
         return "saved-tensor hooks are disabled here"
     return None
 
 
-class recompute:
+class recompute(contextlib.ContextDecorator):
     """Inside, the outputs of fused operators are not kept for the backward of who uses them, but made again there.
 
     For a forward of your own with :class:`~resnet_fused.BatchNormAddReLU2d` or the functional operators. The results
@@ -377,6 +383,9 @@ class recompute:
     def __init__(self, enabled: bool = True):
         self.enabled = enabled
         self._entered: list[bool] = []
+
+    def _recreate_cm(self) -> "recompute":
+        return recompute(self.enabled)  # a decorated function may be called in several threads at once
 
     def __enter__(self) -> "recompute":
         if torch.compiler.is_compiling():
