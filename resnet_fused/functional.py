@@ -165,6 +165,24 @@ def add_relu(input: Tensor, residual: Tensor) -> Tensor:
     return _call("add_relu", save, (input, residual, save))
 
 
+def max_pool2d(input: Tensor, kernel_size, stride=None, padding=0, dilation=1, ceil_mode: bool = False) -> Tensor:
+    """:func:`torch.nn.functional.max_pool2d` that keeps no indices: its backward looks for the maxima again.
+
+    The gradient is torch's, ties included. What it keeps is its input, and inside :class:`resnet_fused.recompute` not
+    even that where a fused operator made it.
+    """
+    arguments = (kernel_size, stride, padding, dilation, ceil_mode)
+    if (
+        torch.compiler.is_compiling()
+        or not torch.is_grad_enabled()
+        or not isinstance(input, Tensor)
+        or not input.requires_grad
+        or not backend.is_fused(input)
+    ):
+        return F.max_pool2d(input, *arguments)
+    return autograd.MaxPool2d.apply(input, arguments)
+
+
 def in_recomputation() -> bool:
     """Whether ``torch.utils.checkpoint`` runs this forward, inside a backward, to make activations again.
 

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import bypass, functional
+from .ops.recomputation import recompute
 
 
 def batch_norm_add_relu(bn: nn.BatchNorm2d, input: Tensor, residual: Tensor | None = None, relu: bool = True) -> Tensor:
@@ -210,6 +211,22 @@ def _conv(
 class _Block(nn.Module):
     """What both blocks share: the shortcut, and the end of the block in the order of the paper."""
 
+    recompute = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The block's result; raises what its convolutions and :func:`batch_norm_add_relu` raise."""
+        if not self.recompute:
+            return self._forward(x)
+        with recompute():
+            return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """What is not as by default."""
+        return "recompute=True" if self.recompute else ""
+
     def _make_shortcut(self, in_channels: int, out_channels: int, stride: int, **factory) -> nn.Sequential:
         if stride == 1 and in_channels == out_channels:
             return nn.Sequential()
@@ -240,6 +257,8 @@ class FusedResidualBlock(_Block):
             shapes of the state_dict are the same in both orders, so choose the order that the weights were trained
             with.
         zero_init_residual: start with a bn2 of zero weight, so that the block starts as relu(shortcut(x)).
+        recompute: whether activations are made again in backward (:class:`resnet_fused.recompute`); an attribute that
+            may be changed at any time.
 
     Shape:
         (N, in_channels, H, W) to (N, out_channels, ceil(H / stride), ceil(W / stride)); memory format as the
@@ -256,10 +275,12 @@ class FusedResidualBlock(_Block):
         *,
         bn2_before_conv2: bool = False,
         zero_init_residual: bool = False,
+        recompute: bool = False,
         device=None,
         dtype=None,
     ):
         super().__init__()
+        self.recompute = recompute
         factory = {"device": device, "dtype": dtype}
         self.bn2_before_conv2 = bn2_before_conv2
         self.conv1 = _conv(in_channels, out_channels, 3, stride, **factory)
@@ -271,8 +292,7 @@ class FusedResidualBlock(_Block):
         if zero_init_residual:
             nn.init.zeros_(self.bn2.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The block's result; raises what its convolutions and :func:`batch_norm_add_relu` raise."""
+    def _forward(self, x: Tensor) -> Tensor:
         out = _normalize(self.bn1, self.conv1(x))
         if not self.bn2_before_conv2:
             return self._end(self.bn2, self.conv2(out), x)
@@ -282,8 +302,9 @@ class FusedResidualBlock(_Block):
         return batch_norm_add_relu(self.shortcut[-1], bypass.before_last(self.shortcut, x), out)
 
     def extra_repr(self) -> str:
-        """The order, where it is not that of the paper."""
-        return "bn2_before_conv2=True" if self.bn2_before_conv2 else ""
+        """The order, where it is not that of the paper, and recomputation."""
+        order = "bn2_before_conv2=True" if self.bn2_before_conv2 else ""
+        return ", ".join(filter(None, (order, super().extra_repr())))
 
 
 class FusedBottleneck(_Block):
@@ -302,6 +323,8 @@ class FusedBottleneck(_Block):
         base_width: channels of a group for every 64 of ``channels`` (ResNeXt, Wide ResNet).
         dilation: of conv2.
         zero_init_residual: start with a bn3 of zero weight, so that the block starts as relu(shortcut(x)).
+        recompute: whether activations are made again in backward (:class:`resnet_fused.recompute`); an attribute that
+            may be changed at any time.
 
     Shape:
         (N, in_channels, H, W) to (N, 4 channels, ceil(H / stride), ceil(W / stride)).
@@ -319,10 +342,12 @@ class FusedBottleneck(_Block):
         dilation: int = 1,
         *,
         zero_init_residual: bool = False,
+        recompute: bool = False,
         device=None,
         dtype=None,
     ):
         super().__init__()
+        self.recompute = recompute
         factory = {"device": device, "dtype": dtype}
         width = int(channels * (base_width / 64.0)) * groups
         out_channels = channels * self.expansion
@@ -336,8 +361,7 @@ class FusedBottleneck(_Block):
         if zero_init_residual:
             nn.init.zeros_(self.bn3.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The block's result; raises what its convolutions and :func:`batch_norm_add_relu` raise."""
+    def _forward(self, x: Tensor) -> Tensor:
         out = _normalize(self.bn1, self.conv1(x))
         out = _normalize(self.bn2, self.conv2(out))
         return self._end(self.bn3, self.conv3(out), x)

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from ..ops.recomputation import recompute as recomputation
 from .sites import Site
 
 # A class with one of these is copied or looked into by rules of its own, which a class made at run time may break.
@@ -36,6 +37,7 @@ class Fused:
     _fusion_base: type[nn.Module]
     _fusion_family: type["Fused"]
     _fusion_plan: Any
+    _fusion_recompute: bool
     # Those that replace methods of the base, in vain where the instance has its own.
     _fusion_methods: tuple[str, ...] = ("forward",)
 
@@ -64,7 +66,8 @@ class Fused:
     def __reduce_ex__(self, protocol):
         # pickle and deepcopy find classes by name, which a class made at run time does not have.
         reduced = super().__reduce_ex__(max(protocol, 2))
-        return _new, (self._fusion_family, self._fusion_base, self._fusion_plan), *reduced[2:]
+        arguments = self._fusion_family, self._fusion_base, self._fusion_plan, self._fusion_recompute
+        return _new, arguments, *reduced[2:]
 
 
 def check_class(cls: type[nn.Module]) -> None:
@@ -79,13 +82,18 @@ def check_class(cls: type[nn.Module]) -> None:
 
 
 @functools.cache
-def fused_class(family: type[Fused], base: type[nn.Module], plan) -> type[nn.Module]:
+def fused_class(family: type[Fused], base: type[nn.Module], plan, recompute: bool = False) -> type[nn.Module]:
     """The subclass of ``base`` with the forward of ``family``; always the same for the same arguments.
 
     Args:
         plan: what the forward needs to know beyond the class; hashable, and picklable if models are to be.
+        recompute: whether activations are made again in backward.
     """
-    members = {"_fusion_base": base, "_fusion_family": family, "_fusion_plan": plan, **family._fusion_members(plan)}
+    members = family._fusion_members(plan)
+    if recompute:
+        own = {name: members.get(name, vars(family).get(name)) for name in family._fusion_methods}
+        members = members | {name: _recomputing(method) for name, method in own.items() if method is not None}
+    members |= {"_fusion_base": base, "_fusion_family": family, "_fusion_plan": plan, "_fusion_recompute": recompute}
     # The name of the original, so that printing a fused model reads as before.
     members |= {"__module__": __name__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return types.new_class(base.__name__, (family, base), exec_body=lambda namespace: namespace.update(members))
@@ -96,6 +104,15 @@ def is_fused(module: nn.Module) -> bool:
     return "_fusion_base" in vars(type(module))
 
 
-def _new(family: type[Fused], base: type[nn.Module], plan) -> nn.Module:
-    cls = fused_class(family, base, plan)
+def _recomputing(method: types.FunctionType) -> types.FunctionType:
+    @functools.wraps(method)
+    def run(self, *arguments, **named):
+        with recomputation():
+            return method(self, *arguments, **named)
+
+    return run
+
+
+def _new(family: type[Fused], base: type[nn.Module], plan, recompute: bool = False) -> nn.Module:
+    cls = fused_class(family, base, plan, recompute)
     return cls.__new__(cls)

@@ -17,12 +17,13 @@ FAMILIES = (torchvision_resnet, residual_block)
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def fuse(model: Model) -> Model:
+def fuse(model: Model, recompute: bool = False) -> Model:
     """Lets the residual blocks of ``model`` run on fused operators; changes it in place and returns it.
 
     Only the classes of blocks (and of a torchvision ResNet, for its stem) change, to subclasses with a fused forward.
     Parameters, submodules, state_dict, hooks and attributes stay the objects they are, so an optimizer made before goes
-    on. What cannot be fused is left alone; :func:`fusion_report` says what and why. Fusing twice is fusing once.
+    on. What cannot be fused is left alone; :func:`fusion_report` says what and why. Fusing twice is fusing once, with
+    the ``recompute`` of the last call.
 
     A block's forward is read, in its source, and not run. Fused is what consists of calls of submodules, ReLU, add and
     branches on constants and on which submodules there are; where such an attribute changes later, the block runs
@@ -34,19 +35,28 @@ def fuse(model: Model) -> Model:
     classes itself. A model inside DistributedDataParallel can be fused at any time: DDP holds parameters and the hooks
     of their gradients, none of which change.
 
+    Args:
+        model: changed in place.
+        recompute: whether the fused forwards run inside :class:`resnet_fused.recompute`: activations are not kept for
+            the backward but made again there. Blocks that are not fused, and FusedResidualBlock and FusedBottleneck,
+            which have a setting of their own, stay as they are.
+
     Raises:
         TypeError: ``model`` is no ``nn.Module``, is a ScriptModule, or it or a part of it is compiled already.
     """
     _check(model)
     for module in model.modules():
-        if not is_fused(module):
+        if is_fused(module):
+            cls = type(module)
+            module.__class__ = fused_class(cls._fusion_family, cls._fusion_base, cls._fusion_plan, recompute)
+        else:
             try:
                 conversion = conversion_of(module)
             except Refused:
                 continue
             if conversion is not None:
                 family, plan = conversion
-                module.__class__ = fused_class(family, type(module), plan)
+                module.__class__ = fused_class(family, type(module), plan, recompute)
     return model
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import bypass, functional, modules
+from ..ops import recomputation
 
 BATCH_NORM = "batch_norm"
 BATCH_NORM_RELU = "batch_norm+relu"
@@ -112,6 +113,20 @@ def add_relu(relu: Activation, add: Callable, input: Tensor, x: Tensor, shortcut
     if bn2 is None:
         return functional.add_relu(input, residual)
     return modules.batch_norm_add_relu(bn2, residual, input)
+
+
+def max_pool(pool: nn.Module, input: Tensor) -> Tensor:
+    """pool(input); where activations are recomputed, without keeping indices."""
+    if (
+        not recomputation.is_on()
+        or bypass.why_watched(input)
+        or bypass.why_not(pool, nn.MaxPool2d)
+        or pool.return_indices
+    ):
+        return pool(input)
+    return functional.max_pool2d(
+        input, pool.kernel_size, pool.stride, pool.padding, pool.dilation, ceil_mode=pool.ceil_mode
+    )
 
 
 def early(shortcut: nn.Module, x: Tensor, bns: list[nn.Module]) -> EarlyShortcut:

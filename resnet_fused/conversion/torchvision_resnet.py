@@ -56,7 +56,7 @@ class FusedResNet(Fused):
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         x = sites.batch_norm_relu(self.bn1, self.relu, self.conv1(x))
-        x = self.maxpool(x)
+        x = sites.max_pool(self.maxpool, x)
         x = self.layer1(x)
         x = self.layer2(x)
         x = self.layer3(x)
