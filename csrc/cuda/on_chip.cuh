@@ -14,24 +14,25 @@ namespace resnet_fused::cuda {
 template <typename T, int V>
 class Stash {
  public:
-  __device__ __forceinline__ explicit Stash(int before) {
-    extern __shared__ double sums[];
-    own_ = reinterpret_cast<uint4*>(reinterpret_cast<char*>(sums) + before) + threadIdx.x;
-  }
+  __device__ __forceinline__ explicit Stash(int before) : at_(before / 16 + static_cast<int>(threadIdx.x)) {}
   __device__ __forceinline__ void put(const Pack<T, V>& pack) {
-    *own_ = make_uint4(pack.words[0], pack.words[1], pack.words[2], pack.words[3]);
-    own_ += blockDim.x;
+    words()[at_] = make_uint4(pack.words[0], pack.words[1], pack.words[2], pack.words[3]);
+    at_ += blockDim.x;
   }
   __device__ __forceinline__ Pack<T, V> take() {
     Pack<T, V> pack;
-    const uint4 word = *own_;
+    const uint4 word = words()[at_];
     pack.words[0] = word.x, pack.words[1] = word.y, pack.words[2] = word.z, pack.words[3] = word.w;
-    own_ += blockDim.x;
+    at_ += blockDim.x;
     return pack;
   }
 
  private:
-  uint4* own_;
+  static __device__ __forceinline__ uint4* words() {
+    extern __shared__ __align__(16) double sums[];
+    return reinterpret_cast<uint4*>(sums);
+  }
+  int at_;
 };
 
 // The bytes of the sums that precede the stash.

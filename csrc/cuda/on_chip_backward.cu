@@ -19,28 +19,30 @@ using namespace reduction;
 
 constexpr int kSums = 2;
 
-template <typename C, int V>
-struct Slopes {
-  Values<C, V> mean, scale, mean_grad, slope;
+// The constants of the second pass.
+enum { kSecondMean, kSecondScale, kMeanGrad, kSlope, kSlopes };
+static_assert(int{kSlopes} <= int{kConstants});
 
-  __device__ __forceinline__ void set(int i, const ReduceArguments& a, int64_t channel) {
-    const Affine<C> affine = affine_of<C>(a.gradient.first, channel);
-    const TableEntry<C> entry = static_cast<const TableEntry<C>*>(a.table)[channel];
-    mean.v[i] = affine.mean, scale.v[i] = affine.scale, mean_grad.v[i] = entry.v[0], slope.v[i] = entry.v[1];
-  }
-};
+template <typename C>
+__device__ __forceinline__ void slopes_of(const ReduceArguments& a, int64_t channel, C* slopes) {
+  const Affine<C> affine = affine_of<C>(a.gradient.first, channel);
+  const TableEntry<C> entry = static_cast<const TableEntry<C>*>(a.table)[channel];
+  slopes[kSecondMean] = affine.mean;
+  slopes[kSecondScale] = affine.scale;
+  slopes[kMeanGrad] = entry.v[0];
+  slopes[kSlope] = entry.v[1];
+}
 
-template <typename T, int V>
-__device__ __forceinline__ void apply(const Gradient& g, const Place& p, Stash<T, V>& stash,
-                                      const Slopes<Compute<T>, V>& k) {
+template <typename T, int V, typename Constants>
+__device__ __forceinline__ void apply(const Gradient& g, const Place& p, Stash<T, V>& stash, const Constants& k) {
   const Pack<T, V> grad = stash.take(), x = stash.take();
   if (!p.active) return;
   if (g.grad_residual != nullptr) grad.store(g.grad_residual, p.at);
+  const auto mean = k.template get<kSecondMean>(), scale = k.template get<kSecondScale>();
+  const auto mean_grad = k.template get<kMeanGrad>(), slope = k.template get<kSlope>();
   Values<Compute<T>, V> r;
 #pragma unroll
-  for (int i = 0; i < V; ++i) {
-    r.v[i] = fma(-(x[i] - k.mean[i]), k.slope[i], grad[i] - k.mean_grad[i]) * k.scale[i];
-  }
+  for (int i = 0; i < V; ++i) r.v[i] = fma(-(x[i] - mean[i]), slope[i], grad[i] - mean_grad[i]) * scale[i];
   Pack<T, V>::of(r).store(g.grad_input, p.at);
 }
 
@@ -70,10 +72,10 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_on_chip_backward_planes_ke
   stash = Stash<T, V>(kBeforeStash<false, kSums, V>);
   for (int64_t item = blockIdx.x; item < w.items; item += gridDim.x) {
     const int64_t channel = item % w.channels;
-    Slopes<C, 1> of_channel;
-    of_channel.set(0, a, channel);
-    const Slopes<C, V> slopes = {all<C, V>(of_channel.mean[0]), all<C, V>(of_channel.scale[0]),
-                                 all<C, V>(of_channel.mean_grad[0]), all<C, V>(of_channel.slope[0])};
+    __syncthreads();
+    if (threadIdx.x == 0) slopes_of<C>(a, channel, constants);
+    __syncthreads();
+    const BlockConstants<C, V> slopes{constants};
     each_place_of_planes<V, U>(w, channel, item / w.channels,
                                [&](const Place(&p)[U]) { apply<T, V>(a.gradient, p[0], stash, slopes); });
   }
@@ -100,19 +102,25 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_on_chip_backward_rows_kern
   cooperative_groups::this_grid().sync();
   stash = Stash<T, V>(kBeforeStash<true, kSums, V>);
   const RowsOwner own(w);
-  const int64_t slot = own.slot(w), first = slot * V;
+  const int64_t slot = own.slot(w), first = int64_t{own.tile} * w.tile_slots * V;
   const bool has_values = own.has_values(w);
-  Slopes<C, V> slopes = {};
+  // In place of those of the first pass, which the grid's barrier has seen the end of.
+  for (int i = threadIdx.x; i < w.tile_slots * V; i += blockDim.x) {
+    C of_channel[kSlopes] = {};
+    if (first + i < w.channels) slopes_of<C>(a, first + i, of_channel);
+    const int place = place_in_tile<C, V>(i / V, i % V, w.tile_slots);
 #pragma unroll
-  for (int i = 0; i < V; ++i) {
-    if (first + i < w.channels) slopes.set(i, a, first + i);
+    for (int k = 0; k < kSlopes; ++k) constants[k][place] = of_channel[k];
   }
+  __syncthreads();
+  const RowConstants<C, kConstants, V> slopes{constants, own.row < w.tile_rows ? own.column : 0, w.tile_slots};
 #pragma unroll 1
   for (int chunk = own.split; chunk < static_cast<int>(w.chunks); chunk += static_cast<int>(w.splits)) {
+    int64_t row = first_row<T>(w, own, chunk);
 #pragma unroll 1
     for (int g = 0; g < kGroup<T>; ++g) {
       Place p[1];
-      places_of_rows<T, V>(w, slot, own.row, has_values, chunk, g, p);
+      places_of_rows<V>(w, slot, has_values, row, p);
       apply<T, V>(a.gradient, p[0], stash, slopes);
     }
   }

@@ -49,13 +49,14 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_on_chip_forward_planes_ker
   using C = Compute<T>;
   constexpr int U = 2;
   constexpr bool kCompensated = statistics::kCompensated<T>;
+  const bool few = statistics::few_values(s.shape);
   __shared__ C shared;
   C shift = 0;
   Stash<T, V> stash(kBeforeStash<false, kSums, V>);
   sum_planes<T, kSums, V, U, kCompensated>(
       w, [&](int64_t channel) { shift = statistics::block_shift<T, V>(s.first.input, s.shape, channel, &shared); },
       [&](const Place(&p)[U], PlaneGroups<T, kSums, V, U, kCompensated>& groups) {
-        statistics::add_terms<T, V>(s.first.input, p, statistics::everywhere<C, V>(shift), groups,
+        statistics::add_terms<T, V>(s.first.input, few, p, statistics::everywhere<C, V>(shift), groups,
                                     [&](int, const Pack<T, V>& x) { stash.put(x); });
       },
       [&](int64_t channel, const double (&sums)[kSums]) {
@@ -83,6 +84,7 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_on_chip_forward_rows_kerne
   using C = Compute<T>;
   constexpr int U = 2;
   constexpr bool kCompensated = statistics::kCompensated<T>;
+  const bool few = statistics::few_values(s.shape);
   __shared__ C shared[kTileChannels];
   Values<C, V> shift;
   Stash<T, V> stash(kBeforeStash<true, kSums, V>);
@@ -92,7 +94,8 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_on_chip_forward_rows_kerne
         shift = statistics::tile_shifts<T, V>(s.first.input, s.shape, first, channels, w.tile_slots, shared);
       },
       [&](const Place(&p)[U], int, RowGroups<T, kSums, V, kCompensated>& groups) {
-        statistics::add_terms<T, V>(s.first.input, p, shift, groups, [&](int, const Pack<T, V>& x) { stash.put(x); });
+        statistics::add_terms<T, V>(s.first.input, few, p, shift, groups,
+                                    [&](int, const Pack<T, V>& x) { stash.put(x); });
       },
       [&](int64_t channel, const double (&sums)[kSums]) {
         statistics::finish_channel(s.first, s.shape, channel, shared[channel % (w.tile_slots * V)], sums[0], sums[1]);
@@ -109,10 +112,11 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_on_chip_forward_rows_kerne
   }
 #pragma unroll 1
   for (int chunk = own.split; chunk < static_cast<int>(w.chunks); chunk += static_cast<int>(w.splits)) {
+    int64_t row = first_row<T>(w, own, chunk);
 #pragma unroll 1
     for (int g = 0; g < kGroup<T>; ++g) {
       Place p[1];
-      places_of_rows<T, V>(w, slot, own.row, has_values, chunk, g, p);
+      places_of_rows<V>(w, slot, has_values, row, p);
       normalize<T, V>(a, p[0], stash.take(), constants);
     }
   }

@@ -53,13 +53,15 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_statistics_planes_kernel(c
   constexpr int U = statistics::kUnroll<V>;
   constexpr bool kCompensated = statistics::kCompensated<T>;
   const SumsWalk w = walk_of_branch(walk);
+  const bool few = statistics::few_values(a.shape);
   const void* input = pick(a.first.input, a.second.input);
   __shared__ C shared;
   C shift = 0;
   sum_planes<T, kSums, V, U, kCompensated>(
       w, [&](int64_t channel) { shift = statistics::block_shift<T, V>(input, a.shape, channel, &shared); },
       [&](const Place(&p)[U], PlaneGroups<T, kSums, V, U, kCompensated>& groups) {
-        statistics::add_terms<T, V>(input, p, statistics::everywhere<C, V>(shift), groups, [](int, const auto&) {});
+        statistics::add_terms<T, V>(input, few, p, statistics::everywhere<C, V>(shift), groups,
+                                    [](int, const auto&) {});
       },
       [&](int64_t channel, const double (&sums)[kSums]) {
         statistics::finish_channel(branch_of(a), a.shape, channel, shift, sums[0], sums[1]);
@@ -73,6 +75,7 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_statistics_rows_kernel(con
   constexpr int U = statistics::kRowUnroll<T, V>;
   constexpr bool kCompensated = statistics::kCompensated<T>;
   const SumsWalk w = walk_of_branch(walk);
+  const bool few = statistics::few_values(a.shape);
   const void* input = pick(a.first.input, a.second.input);
   __shared__ C shared[kTileChannels];
   Values<C, V> shift;
@@ -82,7 +85,7 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_statistics_rows_kernel(con
         shift = statistics::tile_shifts<T, V>(input, a.shape, first, channels, w.tile_slots, shared);
       },
       [&](const Place(&p)[U], int, RowGroups<T, kSums, V, kCompensated>& groups) {
-        statistics::add_terms<T, V>(input, p, shift, groups, [](int, const auto&) {});
+        statistics::add_terms<T, V>(input, few, p, shift, groups, [](int, const auto&) {});
       },
       [&](int64_t channel, const double (&sums)[kSums]) {
         statistics::finish_channel(branch_of(a), a.shape, channel, shared[channel % (w.tile_slots * V)], sums[0],

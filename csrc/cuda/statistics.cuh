@@ -68,10 +68,13 @@ __device__ __forceinline__ void finish_channel(const StatisticsBranch& b, const 
   }
 }
 
+// Whether a channel has so few values that the rounding of each square shows.
+__device__ __forceinline__ bool few_values(const Shape& shape) { return shape.count() < 4096; }
+
 // Adds what U accesses are worth; kept(u, pack) gets every pack.
 template <typename T, int V, int U, typename Terms, typename Shift, typename Kept>
-__device__ __forceinline__ void add_terms(const void* input, const Place (&p)[U], const Shift& shift, Terms& groups,
-                                          const Kept& kept) {
+__device__ __forceinline__ void add_terms(const void* input, bool few, const Place (&p)[U], const Shift& shift,
+                                          Terms& groups, const Kept& kept) {
   using C = Compute<T>;
   Pack<T, V> x[U];
 #pragma unroll
@@ -85,7 +88,7 @@ __device__ __forceinline__ void add_terms(const void* input, const Place (&p)[U]
     for (int i = 0; i < V; ++i) {
       const C difference = p[u].active ? x[u][i] - shift[i] : C(0);
       groups.at(0, u, i).add(difference);
-      groups.at(1, u, i).add_square(difference);
+      groups.at(1, u, i).add_square(difference, few);
     }
   }
 }

@@ -39,8 +39,14 @@ struct Group {
       sum = fma(a, b, sum);
     }
   }
-  // Of a square nothing cancels that would bring the rounding to light.
-  __device__ __forceinline__ void add_square(C a) { sum = fma(a, a, sum); }
+  // Of squares nothing cancels, and the roundings of many even out: only those of few come to light.
+  __device__ __forceinline__ void add_square(C a, bool few) {
+    if (kCompensated && few) {
+      add_product(a, a);
+    } else {
+      sum = fma(a, a, sum);
+    }
+  }
   __device__ __forceinline__ double total() const {
     const double wide = static_cast<double>(sum);
     // Of an infinite sum the rest is not a number.
@@ -222,7 +228,7 @@ template <int K, int V>
 struct ThreadSums {
   double* own;
   __device__ __forceinline__ ThreadSums() {
-    extern __shared__ double sums[];
+    extern __shared__ __align__(16) double sums[];
     own = sums + threadIdx.x;
   }
   __device__ __forceinline__ double& at(int k, int i, int thread = 0) const {
@@ -320,16 +326,24 @@ __device__ __forceinline__ bool merge_tile(const SumsWalk& w, const ThreadSums<K
   return true;
 }
 
-// The places of rows g, ..., g + U - 1 of a thread's group in a chunk.
-template <typename T, int V, int U>
-__device__ __forceinline__ void places_of_rows(const SumsWalk& w, int64_t slot, int row, bool has_values, int chunk,
-                                               int g, Place (&p)[U]) {
+// The first row of a thread's group in a chunk.
+template <typename T>
+__device__ __forceinline__ int64_t first_row(const SumsWalk& w, const RowsOwner& own, int chunk) {
+  return int64_t{chunk} * kGroup<T> * w.tile_rows + own.row;
+}
+
+// The places of the thread's next U rows, from `row` on, which moves on.
+template <int V, int U>
+__device__ __forceinline__ void places_of_rows(const SumsWalk& w, int64_t slot, bool has_values, int64_t& row,
+                                               Place (&p)[U]) {
 #pragma unroll
   for (int u = 0; u < U; ++u) {
-    const int64_t r = (int64_t{chunk} * kGroup<T> + g + u) * w.tile_rows + row;
+    const int64_t r = row;
+    row += w.tile_rows;
     p[u].active = has_values && r < w.outer;
     p[u].at = r * w.inner + slot * V;
-    p[u].byte = r * w.mask_bytes + slot * V / 8;
+    // Rows of eight whole values are of whole bytes: one product less to keep.
+    p[u].byte = V == 8 ? p[u].at >> 3 : r * w.mask_bytes + slot * V / 8;
     p[u].bit = static_cast<int>(slot * V % 8);
   }
 }
@@ -358,11 +372,12 @@ __device__ __forceinline__ void sum_rows(const SumsWalk& w, const Begin& begin, 
 #pragma unroll 1
     for (int chunk = own.split; chunk < static_cast<int>(w.chunks); chunk += static_cast<int>(w.splits)) {
       RowGroups<T, K, V, kCompensated> groups;
+      int64_t row = first_row<T>(w, own, chunk);
       // Where one row fills the registers, the loop must not be unrolled either.
 #pragma unroll(U == 1 ? 1 : 2)
       for (int g = 0; g < kRows; g += U) {
         Place p[U];
-        places_of_rows<T, V>(w, slot, own.row, has_values, chunk, g, p);
+        places_of_rows<V>(w, slot, has_values, row, p);
         terms(p, own.column, groups);
       }
 #pragma unroll
