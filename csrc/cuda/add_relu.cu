@@ -1,5 +1,5 @@
-// relu(input + residual) and its gradient, over elements in memory order: one pass, a block owns chunks of accesses of its threads. The
-// mask is one run of bits over all elements.
+// relu(input + residual) and its gradient, over elements in memory order: one pass, a block owns chunks of accesses of
+// its threads. The mask is one run of bits over all elements.
 #include "cuda/output.cuh"
 
 namespace resnet_fused::cuda {

@@ -1,8 +1,8 @@
 // The pass that normalizes, adds, applies the ReLU and writes the mask.
 //
-// It reads every input once and writes the output once, with a bit an element where there is a mask. In planes a block owns chunks of
-// accesses anywhere in the tensor, and a thread reads its channel's constants with every access; in rows a block owns a tile of channels
-// and many rows, and their constants lie in shared memory (walk.cuh).
+// It reads every input once and writes the output once, with a bit an element where there is a mask. In planes a block
+// owns chunks of accesses anywhere in the tensor, and a thread reads its channel's constants with every access; in rows
+// a block owns a tile of channels and many rows, and their constants lie in shared memory (walk.cuh).
 #include "cuda/output.cuh"
 
 namespace resnet_fused::cuda {
@@ -13,7 +13,8 @@ enum class Second { kNone, kTensor, kNormalized };
 
 using Kernel = void(ForwardArguments, Walk);
 
-// The constants of a channel, in the order of Affine, and the second branch's mean and scale. Its bias is part of the first's.
+// The constants of a channel, in the order of Affine, and the second branch's mean and scale. Its bias is part of the
+// first's.
 enum { kMean, kScale, kBias, kMean2, kScale2 };
 
 // Accesses that a thread has under way at once, as far as registers go.

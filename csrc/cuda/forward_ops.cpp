@@ -1,7 +1,7 @@
 // Forward operators on CUDA: training (batch statistics), evaluation (running statistics), and with statistics given.
 //
-// Training is two launches: the statistics of all inputs, which read each once, and the pass that normalizes (forward.cu); or one, where
-// a single input fits on chip (on_chip.cuh). The others are the second alone.
+// Training is two launches: the statistics of all inputs, which read each once, and the pass that normalizes
+// (forward.cu); or one, where a single input fits on chip (on_chip.cuh). The others are the second alone.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>

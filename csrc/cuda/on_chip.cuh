@@ -1,9 +1,10 @@
 // What stays on chip between the two passes of a launch, and how many blocks hold it.
 //
-// A block owns what it owns in the passes that reduce (sums.cuh), of all channels and rows at once, for all blocks are resident. A thread
-// puts what it reads into shared memory of its own, in the order in which it comes, and takes it from there in the second pass: no
-// other thread sees it, and no barrier is needed for it. Between the passes all blocks meet in cooperative groups' barrier of the grid, which
-// the runtime launches only where all of them are resident, so that none waits for one that cannot begin.
+// A block owns what it owns in the passes that reduce (sums.cuh), of all channels and rows at once, for all blocks are
+// resident. A thread puts what it reads into shared memory of its own, in the order in which it comes, and takes it
+// from there in the second pass: no other thread sees it, and no barrier is needed for it. Between the passes all
+// blocks meet in cooperative groups' barrier of the grid, which the runtime launches only where all of them are
+// resident, so that none waits for one that cannot begin.
 #pragma once
 
 #include "cuda/sums.cuh"
@@ -44,7 +45,8 @@ struct OnChip {
   SumsPlan plan;
 };
 
-// The plan for a kernel that keeps `packs` accesses of 16 bytes for each place: with as many blocks to an SM as hold the tensor.
+// The plan for a kernel that keeps `packs` accesses of 16 bytes for each place: with as many blocks to an SM as hold
+// the tensor.
 inline OnChip plan_on_chip(const Shape& shape, int sums, int v, int unroll, int group, int packs, const void* kernel) {
   const int64_t processors = device_attribute(cudaDevAttrMultiProcessorCount);
   const int64_t most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);

@@ -1,8 +1,9 @@
-// Training backward in one launch: the gradient and the input are read once, stay in shared memory until their sums are known, and become
-// the gradients of input and residual from there. What stays is the gradient behind the ReLU, so that the mask is read once, too.
+// Training backward in one launch: the gradient and the input are read once, stay in shared memory until their sums are
+// known, and become the gradients of input and residual from there. What stays is the gradient behind the ReLU, so that
+// the mask is read once, too.
 //
-// What a block and a thread own, and why nobody waits for ever: on_chip.cuh. The last block of a channel writes the constants of the second
-// pass before it comes to the grid's barrier, which makes them visible to all others.
+// What a block and a thread own, and why nobody waits for ever: on_chip.cuh. The last block of a channel writes the
+// constants of the second pass before it comes to the grid's barrier, which makes them visible to all others.
 #include <cooperative_groups.h>
 
 #include <tuple>

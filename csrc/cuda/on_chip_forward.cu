@@ -1,8 +1,9 @@
-// Training forward in one launch: the input is read once, stays in shared memory until its statistics are known, and is normalized from
-// there. BN + add + ReLU so reads the input and the residual once and writes the output and the mask once.
+// Training forward in one launch: the input is read once, stays in shared memory until its statistics are known, and is
+// normalized from there. BN + add + ReLU so reads the input and the residual once and writes the output and the mask
+// once.
 //
-// What a block and a thread own, and why nobody waits for ever: on_chip.cuh. The last block of a channel writes its statistics before it
-// comes to the grid's barrier, which makes them visible to all others.
+// What a block and a thread own, and why nobody waits for ever: on_chip.cuh. The last block of a channel writes its
+// statistics before it comes to the grid's barrier, which makes them visible to all others.
 #include <cooperative_groups.h>
 
 #include <tuple>

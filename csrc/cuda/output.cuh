@@ -18,7 +18,8 @@ __device__ __forceinline__ Pack<T, V> put_output(Values<Compute<T>, V> v, bool r
   return y;
 }
 
-// The bits of the rounded values: a small positive one may become zero, and then the gradient stops there. All lanes of a warp take part.
+// The bits of the rounded values: a small positive one may become zero, and then the gradient stops there. All lanes of
+// a warp take part.
 template <typename T, int V>
 __device__ __forceinline__ void put_mask(const Pack<T, V>& y, uint8_t* mask, int64_t byte, bool active, bool inside) {
   unsigned bits = 0;

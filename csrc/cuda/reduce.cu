@@ -1,8 +1,10 @@
-// The pass of the backward that reduces: sums over a channel of the gradient behind the ReLU, and of it times (x - mean).
+// The pass of the backward that reduces: sums over a channel of the gradient behind the ReLU, and of it times (x -
+// mean).
 //
-// It reads grad_output, the inputs and the mask once. In planes a block owns a channel or chunks of one, in rows a tile of channels and
-// chunks of rows (sums.cuh). The last block of a channel writes the gradients of weight and bias and the constants of the pass that
-// applies. It writes nothing else, with constant statistics neither, when it could: the registers that this takes cost every other call.
+// It reads grad_output, the inputs and the mask once. In planes a block owns a channel or chunks of one, in rows a tile
+// of channels and chunks of rows (sums.cuh). The last block of a channel writes the gradients of weight and bias and
+// the constants of the pass that applies. It writes nothing else, with constant statistics neither, when it could: the
+// registers that this takes cost every other call.
 #include "cuda/reduce.cuh"
 
 namespace resnet_fused::cuda {

@@ -9,9 +9,9 @@ namespace resnet_fused::cuda::reduction {
 // The constants of a channel. Products are taken with the difference from an origin.
 enum { kOrigin, kOrigin2, kMean, kScale, kBias, kConstants };
 
-// Sums of float values are compensated. Of 16-bit values the gradients have few digits, and so have their differences from an origin that
-// is a 16-bit value itself: products of the two and sums of a few are exact, or nearly so. The mean rounded to 16 bits is such an origin;
-// what it is off comes off the sum at the end.
+// Sums of float values are compensated. Of 16-bit values the gradients have few digits, and so have their differences
+// from an origin that is a 16-bit value itself: products of the two and sums of a few are exact, or nearly so. The mean
+// rounded to 16 bits is such an origin; what it is off comes off the sum at the end.
 template <typename T>
 constexpr bool kCompensated = std::is_same_v<T, float>;
 
@@ -73,8 +73,8 @@ __device__ __forceinline__ Values<C, V> all(C value) {
   return r;
 }
 
-// Adds to the groups of terms what U accesses are worth; `constants.get<k>()` gives V values, and taken(u, gradient behind the ReLU, input)
-// gets every pack.
+// Adds to the groups of terms what U accesses are worth; `constants.get<k>()` gives V values, and taken(u, gradient
+// behind the ReLU, input) gets every pack.
 template <typename T, int V, int U, bool kTwo, typename Constants, typename Terms, typename Taken>
 __device__ __forceinline__ void terms_of(const ReduceArguments& a, const Place (&p)[U], const Constants& constants,
                                          Terms& groups, const Taken& taken) {

@@ -1,8 +1,8 @@
 // The statistics of a batch, of one input or of both at once: one pass over each.
 //
-// In planes a block owns a channel or chunks of one, in rows a tile of channels and chunks of rows (sums.cuh). Values are taken about a
-// shift amid the channel's own, which every block of a channel reads for itself. The last block of a channel writes its statistics and
-// updates the running ones.
+// In planes a block owns a channel or chunks of one, in rows a tile of channels and chunks of rows (sums.cuh). Values
+// are taken about a shift amid the channel's own, which every block of a channel reads for itself. The last block of a
+// channel writes its statistics and updates the running ones.
 #include "cuda/statistics.cuh"
 
 namespace resnet_fused::cuda {
@@ -12,7 +12,8 @@ namespace {
 using Kernel = void(StatisticsArguments, SumsWalk);
 using statistics::kSums;
 
-// blockIdx.y is the branch. Its arguments are chosen value by value: chosen by address, they would be read through a register.
+// blockIdx.y is the branch. Its arguments are chosen value by value: chosen by address, they would be read through a
+// register.
 template <typename V>
 __device__ __forceinline__ V pick(V first, V second) {
   return blockIdx.y == 0 ? first : second;

@@ -26,8 +26,8 @@ __device__ __forceinline__ Values<C, V> everywhere(C value) {
   return r;
 }
 
-// The shift of a channel of planes, or of V channels of rows, from five values of each. They lie far from each other, and are read in
-// whole accesses.
+// The shift of a channel of planes, or of V channels of rows, from five values of each. They lie far from each other,
+// and are read in whole accesses.
 template <typename T, int V, bool kRows>
 __device__ __forceinline__ void shifts_of(const void* input, const Shape& shape, int64_t channel, Compute<T>* shifts) {
   const int64_t last = (kRows ? shape.count() : shape.positions) - 1;

@@ -1,7 +1,8 @@
 // How the passes that reduce go over a tensor, and how their sums are put together: always in the same order.
 //
-// A thread adds the terms of a group in the arithmetic's type and the group to a double, so that a GPU with little double arithmetic keeps
-// up with its memory. Threads and blocks are put together in double. Where several blocks share a channel, each writes its sums to scratch memory and counts itself in; the last one to arrive adds them up.
+// A thread adds the terms of a group in the arithmetic's type and the group to a double, so that a GPU with little
+// double arithmetic keeps up with its memory. Threads and blocks are put together in double. Where several blocks share
+// a channel, each writes its sums to scratch memory and counts itself in; the last one to arrive adds them up.
 #pragma once
 
 #include "cuda/device.h"
@@ -13,8 +14,8 @@ namespace resnet_fused::cuda {
 template <typename T>
 constexpr int kGroup = sizeof(T) == 2 ? 8 : 4;
 
-// The sum of a group. Compensated, it holds what the additions and products round off as well: a gradient's sum is often a small rest of
-// large terms, and then these roundings are what one would see of it.
+// The sum of a group. Compensated, it holds what the additions and products round off as well: a gradient's sum is
+// often a small rest of large terms, and then these roundings are what one would see of it.
 template <typename C, bool kCompensated>
 struct Group {
   C sum = 0, rest = 0;
@@ -85,7 +86,8 @@ struct Place {
   bool active;
 };
 
-// The groups of a thread: of planes a group is kSize of the terms of U accesses, of rows (kSize = 0) those of one channel.
+// The groups of a thread: of planes a group is kSize of the terms of U accesses, of rows (kSize = 0) those of one
+// channel.
 template <typename C, int K, int V, int kCount, int kSize, bool kCompensated>
 struct Groups {
   Group<C, kCompensated> of[K][kCount];
@@ -133,9 +135,9 @@ __device__ __forceinline__ void sum_over_block(double (&v)[K]) {
   __syncthreads();  // of_warp is free again
 }
 
-// Counts this block in; true in the last of `splits`. What the block wrote to global memory before is then visible to the last one:
-// each thread's fence puts its own writes before the barrier, the barrier before the count of thread 0; the fence behind the count
-// keeps the reads that follow from being served by what an L1 or a register held before.
+// Counts this block in; true in the last of `splits`. What the block wrote to global memory before is then visible to
+// the last one: each thread's fence puts its own writes before the barrier, the barrier before the count of thread 0;
+// the fence behind the count keeps the reads that follow from being served by what an L1 or a register held before.
 __device__ __forceinline__ bool is_last_block(unsigned* arrived, int64_t splits) {
   __shared__ bool last;
   __threadfence();
@@ -182,8 +184,8 @@ __device__ __forceinline__ void each_place_of_planes(const SumsWalk& w, int64_t 
   }
 }
 
-// Planes: a block owns chunks of one channel after the other. They are interleaved with those of the channel's other blocks, so that all
-// blocks go through the batch together and the L2 keeps its end.
+// Planes: a block owns chunks of one channel after the other. They are interleaved with those of the channel's other
+// blocks, so that all blocks go through the batch together and the L2 keeps its end.
 //   begin(channel): the block prepares constants of the channel
 //   terms(places, groups): adds the terms of U accesses
 //   finish(channel, sums): the first thread of the last block
@@ -223,7 +225,8 @@ __device__ __forceinline__ void sum_planes(const SumsWalk& w, const Begin& begin
   }
 }
 
-// The sums of a thread's V channels, K of each, in dynamic shared memory: registers would not do for them. Lanes lie beside each other.
+// The sums of a thread's V channels, K of each, in dynamic shared memory: registers would not do for them. Lanes lie
+// beside each other.
 template <int K, int V>
 struct ThreadSums {
   double* own;
@@ -264,8 +267,8 @@ __device__ __forceinline__ void sum_over_rows(const ThreadSums<K, V>& sums, int 
   }
 }
 
-// What a block and a thread of rows own: a tile of channels and of its rows the chunks split, split + splits, ...; of the tile V channels
-// and every tile_rows-th row.
+// What a block and a thread of rows own: a tile of channels and of its rows the chunks split, split + splits, ...; of
+// the tile V channels and every tile_rows-th row.
 struct RowsOwner {
   int tile, split, row, column;
 
@@ -282,8 +285,8 @@ struct RowsOwner {
   __device__ __forceinline__ bool has_values(const SumsWalk& w) const { return row < w.tile_rows && slot(w) < w.slots; }
 };
 
-// Puts the sums of a tile's blocks together, in the last of them; false in every other. Blocks are counted in groups first, for a single
-// block would be at it long: its SM reads no faster than any other.
+// Puts the sums of a tile's blocks together, in the last of them; false in every other. Blocks are counted in groups
+// first, for a single block would be at it long: its SM reads no faster than any other.
 template <int K, int V>
 __device__ __forceinline__ bool merge_tile(const SumsWalk& w, const ThreadSums<K, V>& sums, const RowsOwner& own) {
   const int width = w.tile_slots * V;
@@ -420,7 +423,8 @@ SumsPlan plan_sums(const Shape& shape, int sums, int v, int unroll, int group, i
   int64_t groups = 0;
   if (shape.rows) {
     w.outer = shape.runs();
-    // Tiles of whole sectors and more, but narrow, so that a block sees many rows: what it writes for its channels is then little.
+    // Tiles of whole sectors and more, but narrow, so that a block sees many rows: what it writes for its channels is
+    // then little.
     w.tiles = divide_up(w.slots, v > 1 ? 8 : 128);
     // Whole bytes of the mask, for who writes one.
     w.tile_slots = static_cast<int32_t>(round_up(divide_up(w.slots, w.tiles), v > 1 ? 8 / v : 1));
