@@ -169,6 +169,7 @@ def _statistics_pass(problem: Problem, *inputs: Tensor) -> tuple[Tensor, Tensor]
             "x2": inputs[1] if len(inputs) == 2 else None,
             "partials": partials,
             "shifts": shifts,
+            "zero": 0.0,
             "splits": plan.programs,
             "terms": configurations.group_of(problem.itemsize),
             "UNROLL": configurations.UNROLL,
