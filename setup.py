@@ -5,6 +5,9 @@ torch from 2.10 and every Python from 3.10. Everything else about the package st
 
 RESNET_FUSED_CUDA=0 leaves the CUDA library out, 1 makes it an error where it cannot be built, and auto, the default,
 builds it where there is an nvcc. TORCH_CUDA_ARCH_LIST says for which GPUs.
+
+RESNET_FUSED_NO_EXTENSIONS=1 builds a package without shared objects, and needs neither compiler nor torch for it: GPUs
+are then Triton's, and CPU tensors go to the reference.
 """
 
 import os
@@ -15,12 +18,14 @@ import subprocess
 import sys
 
 from setuptools import Extension, setup
+from setuptools.command.build_py import build_py
 
 ROOT = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "tools"))
 
 import cuda_build  # noqa: E402
 import cuda_toolkit  # noqa: E402
+import schemas  # noqa: E402
 
 CUDA = "resnet_fused._cuda"
 
@@ -88,8 +93,20 @@ def extension(name: str, sources: list[str]):
     )
 
 
+class WithSchemas(build_py):
+    """Python files, and the schemas of csrc/ops.cpp as text, which stand in for the library that has them."""
+
+    def run(self):
+        """Copies, and writes the schemas beside."""
+        super().run()
+        schemas.write(pathlib.Path(self.build_lib) / "resnet_fused" / "ops" / "schemas.txt")
+
+
 def main() -> None:
     """Builds what setuptools is asked for."""
+    if os.environ.get("RESNET_FUSED_NO_EXTENSIONS") == "1":
+        setup(cmdclass={"build_py": WithSchemas})
+        return
     require_compiler()
     # The ninja of an environment that is not activated; torch's builder looks on the PATH alone.
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), str(pathlib.Path(sys.executable).parent)])

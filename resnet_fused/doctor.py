@@ -10,7 +10,7 @@ import torch
 from tabulate import tabulate
 
 from .measure import cpu_name
-from .ops import OPERATORS, backend, library
+from .ops import OPERATORS, backend, library, triton_kernels
 
 _LIBRARIES = {"_ops": "schemas of the operators", "_cpu": "CPU kernels", "_cuda": "CUDA kernels"}
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA", "xpu": "XPU", "mps": "MPS"}
@@ -24,14 +24,16 @@ def examine() -> dict[str, Any]:
         "libraries": [*map(_library, _LIBRARIES), *_emulated()],
         "cpu_capability": library.cpu_capability(),
         "cuda_architectures": library.cuda_architectures(),
+        "triton": _triton(),
         "threads": torch.get_num_threads(),
         "RESNET_FUSED_BACKEND": os.environ.get("RESNET_FUSED_BACKEND"),
     }
 
 
 def healthy(findings: dict[str, Any]) -> bool:
-    """Whether fused kernels serve at least the CPU."""
-    return any(device["device"] == "cpu" and device["fused"] for device in findings["devices"])
+    """Whether fused kernels serve at least the CPU, or, in a package that has none for it, a GPU."""
+    served = {device["device"].partition(":")[0] for device in findings["devices"] if device["fused"]}
+    return "cpu" in served or (bool(served) and library.why_no_cpu() is not None)
 
 
 def render(findings: dict[str, Any]) -> str:
@@ -39,13 +41,15 @@ def render(findings: dict[str, Any]) -> str:
     environment = [*findings["versions"].items()]
     environment.append(("CPU capability of the kernels", findings["cpu_capability"]))
     environment.append(("CUDA kernels are compiled for", findings["cuda_architectures"] or "nothing: none are loaded"))
+    environment.append(("Triton kernels", findings["triton"]))
     environment.append(("threads", findings["threads"]))
     environment.append(("RESNET_FUSED_BACKEND", findings["RESNET_FUSED_BACKEND"] or "not set (auto)"))
     devices = [(d["device"], d["name"], d["backend"], d["reason"]) for d in findings["devices"]]
     libraries = [(entry["holds"], entry["state"], entry["path"], entry["reason"]) for entry in findings["libraries"]]
+    by_device = {d["device"].partition(":")[0]: d["fused"] for d in findings["devices"]}
     verdict = (
         "Fused kernels serve the CPU."
-        if healthy(findings)
+        if by_device["cpu"]
         else "Fused kernels do not serve the CPU: the unfused maths runs in their place, correct and no faster."
     )
     return "\n\n".join(
@@ -59,28 +63,42 @@ def render(findings: dict[str, Any]) -> str:
 
 
 def serves(device: torch.device) -> tuple[str, str]:
-    """The backend that serves ``device``, ``"compiled"`` or ``"reference"``, and why."""
+    """The backend that serves ``device``, ``"compiled"``, ``"triton"`` or ``"reference"``, and why."""
     choice = backend.current()
-    missing = missing_kernels(device)
     if choice == "reference":
         return "reference", "RESNET_FUSED_BACKEND or backend() asks for the unfused torch operations"
-    reason = backend.why_not_compiled(device)
-    if reason is None and missing:
-        reason = f"{len(missing)} of {len(OPERATORS)} operators have no compiled kernel for it, such as {missing[0]}"
-    if reason is None and library.EMULATED and device.type == "cpu":
+    served_by, reason = backend.serving(device)
+    missing = missing_kernels(device)
+    if served_by != "reference" and missing:
+        reason = f"{len(missing)} of {len(OPERATORS)} operators have no {served_by} kernel for it, such as {missing[0]}"
+        served_by = "reference"
+    if served_by == "triton":
+        because = f", as {reason}" if reason else ""
+        if triton_kernels.is_interpreted():
+            because += ", run by Triton's interpreter"
+        return "triton", f"all {len(OPERATORS)} operators have a Triton kernel for it{because}"
+    if served_by == "compiled" and library.EMULATED and device.type == "cpu":
         return "compiled", f"all {len(OPERATORS)} operators have a CUDA kernel for it, run by an emulator"
-    if reason is None:
+    if served_by == "compiled":
         return "compiled", f"all {len(OPERATORS)} operators have a compiled kernel for it"
-    if choice == "compiled":
-        reason += "; RESNET_FUSED_BACKEND or backend() asks for compiled kernels, so a call raises an error"
+    if choice != "auto":
+        reason += f"; RESNET_FUSED_BACKEND or backend() asks for {choice} kernels, so a call raises an error"
     return "reference", reason
 
 
 def missing_kernels(device: torch.device) -> list[str]:
-    """The operators that have no compiled kernel for ``device``, as torch's dispatcher knows them."""
+    """The operators that have no kernel for ``device``, as torch's dispatcher knows them."""
     key = _DISPATCH_KEYS.get(device.type)
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     return [name for name in OPERATORS if key is None or not has_kernel(f"resnet_fused::{name}", key)]
+
+
+def _triton() -> str:
+    """For which kinds of devices torch's dispatcher has the Triton kernels."""
+    kinds = [kind for kind in triton_kernels.KEYS if triton_kernels.serves(kind)]
+    if kinds:
+        return f"registered for {', '.join(kinds)}"
+    return "not registered" if importlib.util.find_spec("triton") else "none: Triton is not installed"
 
 
 def _versions() -> dict[str, str]:
@@ -123,7 +141,7 @@ def _device(device: torch.device, name: str) -> dict[str, Any]:
         "device": str(device),
         "name": name,
         "backend": served_by,
-        "fused": served_by == "compiled",
+        "fused": served_by != "reference",
         "reason": reason,
     }
 
@@ -132,7 +150,8 @@ def _library(name: str) -> dict[str, Any]:
     path = library.path(name)
     loaded = str(path) in torch.ops.loaded_libraries
     state = "loaded" if loaded else "not loaded" if path.is_file() else "not built"
-    reason = None if loaded else library.why_no_cuda() if name == "_cuda" else None
+    why = {"_cuda": library.why_no_cuda, "_cpu": library.why_no_cpu, "_ops": library.why_no_cpu}[name]
+    reason = None if loaded else why()
     if name == "_cpu" and library.EMULATED:
         reason = "RESNET_FUSED_EMULATED has CUDA kernels serve CPU tensors"
     return _entry(name, _LIBRARIES[name], path, state, reason)

@@ -135,7 +135,10 @@ def table(found: list[Compiled]) -> str:
     groups = collections.defaultdict(list)
     for kernel in found:
         groups[kernel.kernel, kernel.target].append(kernel)
-    lines = ["| kernel | GPU | instances | registers | spills | shared, bytes | load | store |", "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| kernel | GPU | instances | registers | spills | shared, bytes | load | store |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for (name, target), of in sorted(groups.items()):
         wide = [k for k in of if k.vectorizable] or of
         cells = (

@@ -29,7 +29,7 @@ class Row:
         fused: whether it runs as part of a fused operator.
         operator: what it is, or would be, fused to, such as ``batch_norm+add+relu``; None where there is nothing known.
         reason: why it is not fused; None where it is.
-        backend: ``compiled`` or ``reference``, for its device and dtype; ``reference`` is never fused.
+        backend: ``compiled``, ``triton`` or ``reference``, for its device and dtype; ``reference`` is never fused.
         recompute: whether the activation it ends with is made again in backward and not kept.
     """
 
@@ -193,12 +193,12 @@ def _tensor(module: nn.Module, model: nn.Module) -> torch.Tensor | None:
 
 
 def _backend(tensor: torch.Tensor | None, device: torch.device | None) -> tuple[str, str | None]:
-    """The backend that serves tensors like this one, and why it is not the compiled one."""
+    """The backend that serves tensors like this one, and why it is none with fused kernels."""
     if backend.current() == "reference":
         return "reference", "the backend 'reference' was asked for"
     if device is None:
         device = torch.device("cpu") if tensor is None else tensor.device
-    reason = backend.why_not_compiled(device)
-    if reason is None and tensor is not None and tensor.dtype not in backend.DTYPES:
-        reason = f"no kernels for {str(tensor.dtype).removeprefix('torch.')}"
-    return ("compiled", None) if reason is None else ("reference", reason)
+    served_by, reason = backend.serving(device)
+    if served_by != "reference" and tensor is not None and tensor.dtype not in backend.DTYPES:
+        served_by, reason = "reference", f"no kernels for {str(tensor.dtype).removeprefix('torch.')}"
+    return served_by, reason if served_by == "reference" else None

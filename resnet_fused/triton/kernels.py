@@ -9,10 +9,10 @@ another one begins at the end, which is what the L2 still has.
 Sizes come as units times a constexpr unit, so that the compiler knows what divides them and makes accesses of 16 bytes.
 
 Arithmetic is float32, for float64 tensors float64. Sums are taken in short groups of terms and the groups in float64;
-programs that share channels write theirs to ``partials``, (splits, sums, C) in float64, and whoever needs them adds them
-up, always in the same order. There are no atomics. Maths and the reasons for its steps are those of
-``csrc/batch_norm.h``; where the gradient's sum is compensated, ``zero`` is a zero that the compiler does not know, so
-that it leaves a product's rounding where it is.
+programs that share channels write theirs to ``partials``, (splits, sums, C) in float64, and whoever needs them adds
+them up, always in the same order. There are no atomics. Maths and the reasons for its steps are those of
+``csrc/batch_norm.h``; where sums are compensated, ``zero`` is a zero that the compiler does not know, so that it leaves
+a product's rounding where it is.
 """
 
 import triton
@@ -22,7 +22,7 @@ import triton.language as tl
 MERGED: tl.constexpr = tl.constexpr(8)
 
 
-# Where a program is ----------------------------------------------------------------------------------------------------
+# Where a program is ---------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -84,7 +84,7 @@ def _mask_place(
     return at, there
 
 
-# Numbers ---------------------------------------------------------------------------------------------------------------
+# Numbers --------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -154,7 +154,7 @@ def _unpacked(byte, ROWS: tl.constexpr, CHANNELS: tl.constexpr, OTHERS: tl.const
     return tl.reshape(bits, (OUTER, INNER)) != 0
 
 
-# Sums ------------------------------------------------------------------------------------------------------------------
+# Sums -----------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -269,6 +269,7 @@ def batch_norm_statistics_kernel(
     x2,
     partials,
     shifts,
+    zero,
     batch,
     channel_units,
     position_units,
@@ -298,12 +299,13 @@ def batch_norm_statistics_kernel(
     SHAPE: tl.constexpr = (OTHERS, CHANNELS) if ROWS else (CHANNELS, OTHERS)
     # Of float values: one that is far off the others, or a shift that is, would take their digits.
     COMPENSATED: tl.constexpr = x.dtype.element_ty == tl.float32
+    nothing = tl.zeros(SHAPE, shift.dtype)
+    unknown_zero = nothing + zero
     total = tl.zeros(SHAPE, tl.float64)
     total_square = tl.zeros(SHAPE, tl.float64)
     for first in range(split, chunks, splits * terms):
-        sum_ = tl.zeros(SHAPE, shift.dtype)
-        rest = tl.zeros(SHAPE, shift.dtype)
-        square = tl.zeros(SHAPE, shift.dtype)
+        sum_, rest = nothing, nothing
+        square, rest_square = nothing, nothing
         for step in range(0, terms, UNROLL):
             for u in tl.static_range(UNROLL):
                 chunk = first + (step + u) * splits
@@ -311,11 +313,15 @@ def batch_norm_statistics_kernel(
                 value = _wide(tl.load(x + at, mask=there, other=0.0))
                 difference = tl.where(there, value - shift, 0.0)
                 sum_, rest = _plus(sum_, rest, difference, COMPENSATED)
+                square, rest_square = _plus_product(
+                    square, rest_square, difference, difference, unknown_zero, COMPENSATED
+                )
                 if COMPENSATED:
-                    rest += tl.where(there, _rounded_off(value, shift, difference), 0.0)
-                square = tl.fma(difference, difference, square)
+                    lost = tl.where(there, _rounded_off(value, shift, difference), 0.0)
+                    rest += lost
+                    rest_square = tl.fma(difference + difference, lost, rest_square)
         total += _total(sum_, rest, COMPENSATED)
-        total_square += square.to(tl.float64)
+        total_square += _total(square, rest_square, COMPENSATED)
     AXIS: tl.constexpr = 0 if ROWS else 1
     to = partials + split.to(tl.int64) * 2 * channels + channel
     tl.store(to, tl.sum(total, axis=AXIS), mask=known)
@@ -348,9 +354,7 @@ def _update_running(running, stride, channel, known, batch_value, momentum):
 
 
 @triton.jit
-def _update(
-    running_mean, mean_stride, running_var, var_stride, channel, known, mean, var, momentum, count
-):
+def _update(running_mean, mean_stride, running_var, var_stride, channel, known, mean, var, momentum, count):
     """running = (1 - momentum) running + momentum batch, with the unbiased variance."""
     number = tl.cast(count, tl.float64)
     if running_mean is not None:
@@ -401,7 +405,7 @@ def running_stats_update_kernel(
     _update(running_mean, mean_stride, running_var, var_stride, channel, known, m, v, momentum, count)
 
 
-# The pass that normalizes ----------------------------------------------------------------------------------------------
+# The pass that normalizes ---------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -574,7 +578,7 @@ def batch_norm_forward_kernel(
             tl.store(mask + at, bits, mask=there)
 
 
-# Backward --------------------------------------------------------------------------------------------------------------
+# Backward -------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -953,7 +957,7 @@ def batch_norm_backward_kernel(
             tl.store(grad_input2 + at, result.to(TYPE), mask=there)
 
 
-# Addition and ReLU -----------------------------------------------------------------------------------------------------
+# Addition and ReLU ----------------------------------------------------------------------------------------------------
 
 
 @triton.jit
