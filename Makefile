@@ -35,10 +35,15 @@ EMULATED_TESTS ?= $(addprefix tests/test_,$(addsuffix .py,adversarial backend ba
 ORDERS ?= 1 2 3
 ORDERED_TESTS ?= $(addprefix tests/test_,$(addsuffix .py,forward backward determinism))
 
+# The Triton kernels in the interpreter, which takes a hundred times as long, and as what Triton compiles, under the emulator.
+TRITON_TESTS ?= $(addprefix tests/test_,$(addsuffix .py,adversarial backward forward gradcheck layout))
+TRITON_SAMPLE ?= 1/25
+PTX_SAMPLE ?= 7/25
+
 HAVE_EMULATOR := $(wildcard $(EMULATOR))
 EMULATE = $(if $(HAVE_EMULATOR),CUDA_ON_CPU_THREADS=1 OMP_NUM_THREADS=1 RESNET_FUSED_EMULATED=$(EMULATED) $(EMULATOR))
 
-.PHONY: help setup demo test lint pytest bench wheel test-other-torch test-wheel audit clean emulated test-emulated traffic static gpu-check
+.PHONY: help setup demo test lint pytest bench wheel test-other-torch test-wheel audit clean emulated test-emulated test-triton traffic static gpu-check
 
 help:
 	@echo "make setup   install the dependencies into $(VENV) and build the libraries"
@@ -52,6 +57,7 @@ help:
 	@echo "make audit   torch-abi-audit on the libraries"
 	@echo "make emulated       the CUDA library for CPU tensors under the emulator, in build/emulated"
 	@echo "make test-emulated  the operators' tests on it, with its checks of memory, races and initialisation"
+	@echo "make test-triton    a sample of the operators' tests on the Triton kernels, interpreted and compiled"
 	@echo "make traffic        bytes that each CUDA operator moves, counted by the emulator, as JSON"
 	@echo "make static         registers, spills, shared memory and widest access of each CUDA kernel"
 	@echo "make gpu-check      on a machine with a GPU: tests and benchmarks there, and a report"
@@ -119,6 +125,11 @@ test-emulated: $(BUILT)
 	$(EMULATE) $(BIN)/python -m pytest -n 2 --backend emulated $(EMULATED_TESTS) $(ARGS)
 	$(if $(HAVE_EMULATOR),for order in $(ORDERS); do CUDA_ON_CPU_SEED=$$order \
 	  $(EMULATE) $(BIN)/python -m pytest -n 2 -q -r f --backend emulated --sample $$order/5 $(ORDERED_TESTS) $(ARGS); done)
+
+test-triton: $(BUILT)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --backend triton --sample $(TRITON_SAMPLE) $(TRITON_TESTS) $(ARGS)
+	$(if $(HAVE_EMULATOR),PYTHONPATH=$(dir $(EMULATOR)) OMP_NUM_THREADS=1 \
+	  $(BIN)/python -m pytest -n 2 --backend ptx --sample $(PTX_SAMPLE) $(TRITON_TESTS) $(ARGS))
 
 traffic: emulated
 	$(subst THREADS=1,THREADS=$(shell nproc),$(EMULATE)) $(BIN)/python tools/traffic.py $(ARGS)
