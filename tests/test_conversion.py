@@ -221,6 +221,7 @@ def test_report_before_and_after():
         "operator": "batch_norm+relu",
         "reason": None,
         "backend": "compiled",
+        "recompute": False,
     }
     with torch.no_grad(), pytest.raises(TypeError, match="got NoneType"):
         fusion_report(None)

@@ -6,7 +6,6 @@ import gc
 import io
 import pickle
 import threading
-import weakref
 
 import pytest
 import torch
@@ -195,7 +194,7 @@ def test_an_output_made_again_is_the_output(form, relu, affine, dtype, training)
                 consumer = output * torch.ones_like(r).requires_grad_()
             expected = output.detach().clone()
             packed = consumer.grad_fn
-            assert recomputation._owned.find(output, None) is not None
+            assert recomputation.recipe_of(output, None) is not None
             with torch.no_grad():
                 del output
                 again = packed._saved_self
@@ -344,6 +343,25 @@ def test_a_chain_made_again_under_checkpointing_is_unpacked_once():
     assert_same(gradients(model, x, step)[: len(kept)], kept)
 
 
+def test_a_garbage_collection_at_any_moment_changes_nothing():
+    """A recipe must never be held by a cycle of references alone."""
+    thresholds = gc.get_threshold()
+
+    def step(model, x):
+        gc.set_threshold(1)
+        try:
+            loss = loss_of(model, x)
+            gc.set_threshold(*thresholds)
+            with Calls() as calls:
+                loss.backward()
+        finally:
+            gc.set_threshold(*thresholds)
+        assert calls.count == (8 if model is recomputed else 0)
+
+    kept, recomputed = pair(cut())
+    assert_same_step(kept, recomputed, step=step)
+
+
 def test_a_forward_without_a_backward_frees_all():
     _, model = pair()
     x = images()
@@ -356,16 +374,28 @@ def test_a_forward_without_a_backward_frees_all():
             assert memory.bytes > before
             del loss
             assert memory.bytes == before
-            recipes = [weakref.ref(recipe) for recipe in recomputation._owned._recipes.values()]
-            assert recipes == []
+            assert not recomputation._recipes
             loss = loss_of(model, x)
             loss.backward()
             model.zero_grad()
             assert memory.bytes - before <= 8  # the loss
     finally:
         gc.enable()
-    assert not recomputation._owned._recipes
+    assert not recomputation._recipes
     assert not recomputation._kept
+
+
+def test_an_output_kept_after_the_backward_keeps_nothing_else():
+    model = nn.Sequential(*(FusedResidualBlock(3, 3, recompute=True) for _ in range(3)))
+    x = images()
+    with LiveMemory(x, *model.parameters(), *model.buffers()) as memory:
+        before = memory.bytes
+        output = model(x)
+        output.sum().backward()
+        model.zero_grad()
+        assert memory.bytes - before == output.numel() * 4
+        del output
+        assert memory.bytes == before
 
 
 @pytest.mark.parametrize("measured", [False, True])
@@ -401,7 +431,7 @@ def test_a_residual_that_nobody_keeps_makes_no_recipe():
     x, r = images(requires_grad=True), images()
     with recompute():
         output = bn(x, r)
-        assert recomputation._owned.find(output, None) is None
+        assert recomputation.recipe_of(output, None) is None
         conv(output).sum().backward()
 
 
@@ -835,7 +865,7 @@ def test_without_gradients_nothing_is_noted():
         model(images())
     with torch.inference_mode(), recompute():
         model(images())
-    assert not recomputation._owned._recipes
+    assert not recomputation._recipes
 
 
 def test_sparse_tensors_are_saved_as_they_are():

@@ -9,6 +9,7 @@ becomes a use of its recipe.
     Packed   what the hooks around ours made of a tensor (``save_on_cpu``, activation checkpointing)
     Recipe   the operator, its operands (each of the three), and its vectors of channels
     _Use     one who will ask for the value of a Packed or a Recipe: a node of the graph, or a recipe above
+    _Owner   what keeps a recipe until somebody uses it: among the tensors that the operator itself saved
 
 A value is made when the first use asks for it, stays while others have yet to ask, and at most until the backward ends.
 Nothing here refers to an output or to a node, so that a graph is freed by reference counts alone.
@@ -170,7 +171,7 @@ class Recipe(_Shared):
         self.dtype, self.version = output.dtype, output._version
         self.storage = StorageWeakRef(output.untyped_storage())
         self.thinned = False
-        self.output = weakref.ref(output, _owned.pop_output)
+        self.output = weakref.ref(output)
 
     def at_hand(self) -> Tensor | None:
         """The value where it need not be made: held, or the output itself, which somebody else keeps."""
@@ -246,30 +247,35 @@ def _is_held(above: int, longest: int) -> bool:
     return above < stretch or above % stretch == 0
 
 
-class _Owned:
-    """Keeps the recipe of every output that lives, without an attribute on the output that copies of it would have."""
+class _Owner:
+    """A tensor that an operator saves for its own backward, and the recipe of its output.
 
-    def __init__(self):
-        self._recipes: dict[int, Recipe] = {}
-        self._by_storage: weakref.WeakValueDictionary[int, Recipe] = weakref.WeakValueDictionary()
+    So the recipe lives as long as the operator can run backward, and no longer for an output that somebody keeps.
+    """
 
-    def add(self, recipe: Recipe) -> None:
-        self._recipes[id(recipe.output)] = recipe
-        self._by_storage[recipe.storage.cdata] = recipe
+    __slots__ = ("kept", "recipe")
 
-    def pop_output(self, reference) -> None:
-        self._recipes.pop(id(reference), None)
+    def __init__(self, kept: Kept | _Use, recipe: Recipe):
+        self.kept = kept
+        self.recipe = recipe
 
-    def find(self, tensor: Tensor, outer) -> Recipe | None:
-        """The recipe of the output that ``tensor`` is or is a view of, unless somebody has written to it."""
-        recipe = self._by_storage.get(tensor.untyped_storage()._cdata)
-        if recipe is None or recipe.version != tensor._version or recipe.dtype != tensor.dtype:
-            return None
-        return recipe if _identity(recipe.outer) == _identity(outer) else None
+    def take(self) -> Tensor:
+        """The tensor."""
+        return self.kept.take()
 
 
-_owned = _Owned()
+# By the storage of the output, and by what a tensor is in memory.
+_recipes: "weakref.WeakValueDictionary[int, Recipe]" = weakref.WeakValueDictionary()
 _kept: "weakref.WeakValueDictionary[tuple, Kept | Packed]" = weakref.WeakValueDictionary()
+
+
+def recipe_of(tensor: Tensor, outer: tuple[Callable, Callable] | None) -> Recipe | None:
+    """The recipe of the output that ``tensor`` is or is a view of, unless somebody has written to it."""
+    recipe = _recipes.get(tensor.untyped_storage()._cdata)
+    if recipe is None or recipe.version != tensor._version or recipe.dtype != tensor.dtype:
+        return None
+    # What was packed inside checkpointing, say, is not asked for outside of it.
+    return recipe if _identity(recipe.outer) == _identity(outer) else None
 
 
 def _identity(outer) -> int:
@@ -286,7 +292,7 @@ def _link(tensor: Tensor | None, outer, keep: bool = True):
     """What stands for a tensor in a graph; without ``keep`` None for one that nothing else keeps."""
     if tensor is None:
         return None
-    recipe = _owned.find(tensor, outer)
+    recipe = recipe_of(tensor, outer)
     if recipe is not None:
         return _Use(recipe, (tensor.size(), tensor.stride(), tensor.storage_offset()))
     key = _key(tensor, outer)
@@ -301,17 +307,29 @@ def _link(tensor: Tensor | None, outer, keep: bool = True):
     return kept if type(kept) is Kept else _Use(kept)
 
 
-class _Scope:
-    """Our hooks inside one :class:`recompute`; ``outer`` are those around it, who pack what stays."""
+def _source(link: Kept | _Use):
+    return link.source if type(link) is _Use else link
 
-    __slots__ = ("outer",)
+
+class _Scope:
+    """Our hooks inside one :class:`recompute`; ``outer`` are those around it, who pack what stays.
+
+    ``pending`` is what an operator is about to save for itself, and the recipe that it shall own.
+    """
+
+    __slots__ = ("outer", "pending")
 
     def __init__(self, outer: tuple[Callable, Callable] | None):
         self.outer = outer
+        self.pending: tuple[Kept | Packed, Recipe] | None = None
 
     def pack(self, tensor: Tensor):
         try:
-            return _link(tensor, self.outer)
+            link = _link(tensor, self.outer)
+            if self.pending is None or _source(link) is not self.pending[0]:
+                return link
+            (_, recipe), self.pending = self.pending, None
+            return _Owner(link, recipe)
         except (NotImplementedError, RuntimeError):
             if _has_storage(tensor):
                 raise
@@ -419,7 +437,10 @@ def _note(output: Tensor, operands: tuple, vectors: tuple, run: Callable) -> Non
         if links[1] is None:
             return
     vectors = tuple(_link(vector, outer) for vector in vectors)
-    _owned.add(Recipe(output, outer, run, tuple(links), vectors, input.stride()))
+    recipe = Recipe(output, outer, run, tuple(links), vectors, input.stride())
+    _recipes[recipe.storage.cdata] = recipe
+    # The last vector of the first branch is this call's own, and the operator is about to save it.
+    scope.pending = _source(vectors[3]), recipe
 
 
 class _Run:
