@@ -1,5 +1,5 @@
-// The maths of batch normalization that host and device share. C is the type of the arithmetic: double for float64 tensors, float
-// for every other.
+// The maths of batch normalization that host and device share. C is the type of the arithmetic: double for float64
+// tensors, float for every other.
 #pragma once
 
 #include <cmath>
@@ -23,8 +23,8 @@ RESNET_FUSED_HOST_DEVICE C larger(C a, C b) {
   return a < b ? b : a;
 }
 
-// A value amid five of a channel: their median, which no single outlier is. Sums are taken about it. An infinite shift would make a
-// NaN of an infinite mean, so that zero takes its place.
+// A value amid five of a channel: their median, which no single outlier is. Sums are taken about it. An infinite shift
+// would make a NaN of an infinite mean, so that zero takes its place.
 template <typename C>
 RESNET_FUSED_HOST_DEVICE C shift_amid(const C (&v)[5]) {
   const C low = larger(smaller(v[0], v[1]), smaller(v[2], v[3]));
@@ -38,9 +38,9 @@ struct Statistics {
   C mean, var, invstd;
 };
 
-// From the sums of x - shift and of its square. What the subtraction loses grows with the square of (mean - shift) over the
-// deviation; that is (1 - p) / p where a share p of the values lies about the shift. The statistics of no values are zeros, so that
-// the gradients of weight and bias over an empty batch are zero and not NaN.
+// From the sums of x - shift and of its square. What the subtraction loses grows with the square of (mean - shift) over
+// the deviation; that is (1 - p) / p where a share p of the values lies about the shift. The statistics of no values
+// are zeros, so that the gradients of weight and bias over an empty batch are zero and not NaN.
 template <typename C>
 RESNET_FUSED_HOST_DEVICE Statistics<C> statistics_of(C shift, double sum, double square, int64_t count, double eps) {
   if (count == 0) return {C(0), C(0), static_cast<C>(1 / sqrt(eps))};

@@ -1,6 +1,6 @@
-// relu(input + residual) and its gradient, over elements in memory order: one pass, a block owns chunks of accesses of its threads. The
-// mask is one run of bits over all elements.
-#include "cuda/walk.cuh"
+// relu(input + residual) and its gradient, over elements in memory order: one pass, a block owns chunks of accesses of
+// its threads. The mask is one run of bits over all elements.
+#include "cuda/output.cuh"
 
 namespace resnet_fused::cuda {
 
@@ -30,18 +30,9 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS add_relu_forward_kernel(const void* i
         for (int u = 0; u < U; ++u) {
           Values<C, V> v;
 #pragma unroll
-          for (int i = 0; i < V; ++i) {
-            v.v[i] = x[u][i] + r[u][i];
-            if (!positive_or_nan(v[i])) v.v[i] = 0;
-          }
-          const auto y = Pack<T, V>::of(v);
-          if (p.active[u]) y.store(output, p.at[u]);
-          if (mask == nullptr) continue;
-          unsigned bits = 0;
-#pragma unroll
-          for (int i = 0; i < V; ++i) bits |= positive_or_nan(y[i]) ? 1u << i : 0;
-          bits = gather_bits<V>(p.active[u] ? bits : 0);
-          if (p.inside[u] && writes_byte<V>()) mask[p.byte[u]] = static_cast<uint8_t>(bits);
+          for (int i = 0; i < V; ++i) v.v[i] = x[u][i] + r[u][i];
+          const auto y = put_output<T, V>(v, true, output, p.at[u], p.active[u]);
+          if (mask != nullptr) put_mask(y, mask, p.byte[u], p.active[u], p.inside[u]);
         }
       });
 }

@@ -1,5 +1,5 @@
-// What the kernels are launched with, and the functions that launch them: the border between the host operators, which know
-// torch's tensors, and the device code, which does not.
+// What the kernels are launched with, and the functions that launch them: the border between the host operators, which
+// know torch's tensors, and the device code, which does not.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -28,7 +28,8 @@ struct Shape {
   constexpr int64_t mask_bytes() const { return (inner() + 7) / 8; }
 };
 
-// One value a channel, of any stride and of the tensor's dtype or the statistics'. Without data: ones or zeros, as it may be.
+// One value a channel, of any stride and of the tensor's dtype or the statistics'. Without data: ones or zeros, as it
+// may be.
 struct ChannelVector {
   const void* data = nullptr;
   int64_t stride = 0;
@@ -94,9 +95,11 @@ struct ForwardArguments {
 
 enum class KeepFrom : int32_t { kAll, kMask, kInput };
 
-// Per channel grad_input = (grad - mean_grad - (input - mean) slope) scale, or grad scale where the statistics are constants.
+// Per channel grad_input = (grad - mean_grad - (input - mean) slope) scale, or grad scale where the statistics are
+// constants.
 //
-// What the gradient is made of, in both backward passes. The gradient behind the ReLU is grad_output where `keep` says so.
+// What the gradient is made of, in both backward passes. The gradient behind the ReLU is grad_output where `keep` says
+// so.
 struct Gradient {
   Shape shape;
   Branch first, second;
@@ -138,6 +141,12 @@ cudaError_t launch_add_relu(Dtype dtype, const void* input, const void* residual
                             int64_t numel, const Launch& launch);
 cudaError_t launch_add_relu_backward(Dtype dtype, const void* grad_output, const uint8_t* mask, void* grad_input,
                                      int64_t numel, const Launch& launch);
+
+// Both passes of a training forward or backward of one branch in one launch, the inputs staying on chip between them;
+// false where the tensor does not fit or is not aligned, and then nothing has been launched.
+bool launch_on_chip_forward(Dtype dtype, const StatisticsArguments& statistics, const ForwardArguments& forward,
+                            const Launch& launch, cudaError_t& error);
+bool launch_on_chip_backward(Dtype dtype, const ReduceArguments& reduce, const Launch& launch, cudaError_t& error);
 
 struct RunningArguments {
   ChannelOutput running_mean, running_var;

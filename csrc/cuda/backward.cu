@@ -1,7 +1,7 @@
 // The pass of the backward that applies: the gradients of the inputs and of the residual.
 //
-// It reads grad_output and, with batch statistics, the inputs once, the mask where there is one, and writes every gradient once. Blocks
-// and threads own what they own in the forward (forward.cu, walk.cuh).
+// It reads grad_output and, with batch statistics, the inputs once, the mask where there is one, and writes every
+// gradient once. Blocks and threads own what they own in the forward (forward.cu, walk.cuh).
 #include "cuda/walk.cuh"
 
 namespace resnet_fused::cuda {

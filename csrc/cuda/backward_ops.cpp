@@ -1,7 +1,8 @@
 // Backward operators on CUDA.
 //
-// Two launches: a pass that reduces (reduce.cu) and one that applies (backward.cu), or one of them where nothing of the other is asked for,
-// such as gradients of weight and bias with constant statistics.
+// Two launches: a pass that reduces (reduce.cu) and one that applies (backward.cu), or one of them where nothing of the
+// other is asked for, such as gradients of weight and bias with constant statistics. One launch makes both passes where
+// the tensors fit on chip (on_chip.cuh).
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -57,8 +58,8 @@ struct Gradients {
     return r;
   }
 
-  // Both passes, or one of them where nothing of the other is asked for. Constant statistics do not depend on the sums, but the sums are
-  // a pass of their own all the same (reduce.cu says why).
+  // Both passes, or one of them where nothing of the other is asked for. Constant statistics do not depend on the sums,
+  // but the sums are a pass of their own all the same (reduce.cu says why).
   void run(bool constant_statistics) {
     const bool first = g.grad_input != nullptr, second = g.grad_input2 != nullptr;
     const bool slopes = (first || second) && !constant_statistics;
@@ -68,6 +69,10 @@ struct Gradients {
       sums.read_input = (first && slopes) || sums.grad_weight.data || g.keep == KeepFrom::kInput;
       sums.read_input2 = (second && slopes) || sums.grad_weight2.data;
       if (slopes) backward.table = sums.table = call.new_table(x);
+      cudaError_t error = cudaSuccess;
+      if (slopes && !g.two && on_chip_wanted() && launch_on_chip_backward(dtype, sums, call.launch(), error)) {
+        return call.check(error);
+      }
       call.check(launch_reduce(dtype, sums, call.launch()));
     }
     backward.gradient = g;

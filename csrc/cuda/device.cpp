@@ -30,6 +30,17 @@ int64_t resident_blocks(const void* kernel, int threads, int64_t shared_bytes) {
   return known[key] = int64_t{1} * std::max(processors, 1) * std::max(blocks, 1);
 }
 
+int device_attribute(cudaDeviceAttr attribute) {
+  static std::map<std::pair<cudaDeviceAttr, int>, int> known;
+  const std::pair key(attribute, current_device());
+  const std::lock_guard lock(mutex);
+  const auto found = known.find(key);
+  if (found != known.end()) return found->second;
+  int value = 0;
+  cudaDeviceGetAttribute(&value, attribute, key.second);
+  return known[key] = value;
+}
+
 cudaError_t allow_shared(const void* kernel, int64_t shared_bytes) {
   if (shared_bytes <= 48 * 1024) return cudaSuccess;
   static std::map<std::pair<const void*, int>, int64_t> allowed;

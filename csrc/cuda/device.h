@@ -12,6 +12,8 @@ namespace resnet_fused::cuda {
 // Blocks of a kernel that the current device holds at once.
 int64_t resident_blocks(const void* kernel, int threads, int64_t shared_bytes);
 
+int device_attribute(cudaDeviceAttr attribute);
+
 // Lets a kernel have more dynamic shared memory than the 48 KiB that need no asking.
 cudaError_t allow_shared(const void* kernel, int64_t shared_bytes);
 

@@ -1,9 +1,9 @@
 // The pass that normalizes, adds, applies the ReLU and writes the mask.
 //
-// It reads every input once and writes the output once, with a bit an element where there is a mask. In planes a block owns chunks of
-// accesses anywhere in the tensor, and a thread reads its channel's constants with every access; in rows a block owns a tile of channels
-// and many rows, and their constants lie in shared memory (walk.cuh).
-#include "cuda/walk.cuh"
+// It reads every input once and writes the output once, with a bit an element where there is a mask. In planes a block
+// owns chunks of accesses anywhere in the tensor, and a thread reads its channel's constants with every access; in rows
+// a block owns a tile of channels and many rows, and their constants lie in shared memory (walk.cuh).
+#include "cuda/output.cuh"
 
 namespace resnet_fused::cuda {
 
@@ -13,7 +13,8 @@ enum class Second { kNone, kTensor, kNormalized };
 
 using Kernel = void(ForwardArguments, Walk);
 
-// The constants of a channel, in the order of Affine, and the second branch's mean and scale. Its bias is part of the first's.
+// The constants of a channel, in the order of Affine, and the second branch's mean and scale. Its bias is part of the
+// first's.
 enum { kMean, kScale, kBias, kMean2, kScale2 };
 
 // Accesses that a thread has under way at once, as far as registers go.
@@ -66,19 +67,10 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_forward_kernel(const Forwa
       for (int i = 0; i < V; ++i) {
         v.v[i] = normalized(x[u][i], mean[i], scale[i], v[i]);
         if constexpr (S == Second::kTensor) v.v[i] += r[u][i];
-        if (a.relu && !positive_or_nan(v[i])) v.v[i] = 0;
       }
-      const auto y = Pack<T, V>::of(v);
-      if (p.active[u]) y.store(a.output, p.at[u]);
+      const auto y = put_output<T, V>(v, a.relu, a.output, p.at[u], p.active[u]);
       if constexpr (S != Second::kNone) {
-        if (a.mask != nullptr) {
-          // Of the rounded value: a small positive one may become zero, and then the gradient stops there.
-          unsigned bits = 0;
-#pragma unroll
-          for (int i = 0; i < V; ++i) bits |= positive_or_nan(y[i]) ? 1u << i : 0;
-          bits = gather_bits<V>(p.active[u] ? bits : 0);
-          if (p.inside[u] && writes_byte<V>()) a.mask[p.byte[u]] = static_cast<uint8_t>(bits);
-        }
+        if (a.mask != nullptr) put_mask(y, a.mask, p.byte[u], p.active[u], p.inside[u]);
       }
     }
   });

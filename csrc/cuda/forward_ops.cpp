@@ -1,7 +1,7 @@
 // Forward operators on CUDA: training (batch statistics), evaluation (running statistics), and with statistics given.
 //
-// Training is two launches: the statistics of all inputs, which read each once, and the pass that normalizes (forward.cu). The others
-// are the second alone.
+// Training is two launches: the statistics of all inputs, which read each once, and the pass that normalizes
+// (forward.cu); or one, where a single input fits on chip (on_chip.cuh). The others are the second alone.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -82,8 +82,13 @@ std::tuple<Output, Trained> train(const char* name, const Tensor& input, const M
   running.give_to(trained.statistics);
   Output out(x, residual, false, relu, save_mask);
   StatisticsArguments statistics{out.arguments.shape, trained.statistics, {}, 1};
-  call.check(launch_statistics(dtype_of(x), statistics, call.launch()));
   out.arguments.first = trained.branch;
+  cudaError_t error = cudaSuccess;
+  if (on_chip_wanted() && launch_on_chip_forward(dtype_of(x), statistics, out.arguments, call.launch(), error)) {
+    call.check(error);
+    return {out, trained};
+  }
+  call.check(launch_statistics(dtype_of(x), statistics, call.launch()));
   call.check(launch_forward(dtype_of(x), out.arguments, call.launch()));
   return {out, trained};
 }

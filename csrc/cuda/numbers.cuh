@@ -42,8 +42,8 @@ struct Values {
   __device__ __forceinline__ C operator[](int i) const { return v[i]; }
 };
 
-// V consecutive values that are loaded and stored in one access, taken apart and put together by arithmetic: a compiler that may see
-// them as an array splits the access.
+// V consecutive values that are loaded and stored in one access, taken apart and put together by arithmetic: a compiler
+// that may see them as an array splits the access.
 template <typename T, int V>
 struct Pack {
   static constexpr int kWords = V * sizeof(T) / 4;

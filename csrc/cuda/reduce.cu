@@ -1,151 +1,18 @@
-// The pass of the backward that reduces: sums over a channel of the gradient behind the ReLU, and of it times (x - mean).
+// The pass of the backward that reduces: sums over a channel of the gradient behind the ReLU, and of it times (x -
+// mean).
 //
-// It reads grad_output, the inputs and the mask once. In planes a block owns a channel or chunks of one, in rows a tile of channels and
-// chunks of rows (sums.cuh). The last block of a channel writes the gradients of weight and bias and the constants of the pass that
-// applies. It writes nothing else, with constant statistics neither, when it could: the registers that this takes cost every other call.
-#include "cuda/sums.cuh"
-#include "cuda/tile.cuh"
+// It reads grad_output, the inputs and the mask once. In planes a block owns a channel or chunks of one, in rows a tile
+// of channels and chunks of rows (sums.cuh). The last block of a channel writes the gradients of weight and bias and
+// the constants of the pass that applies. It writes nothing else, with constant statistics neither, when it could: the
+// registers that this takes cost every other call.
+#include "cuda/reduce.cuh"
 
 namespace resnet_fused::cuda {
 
 namespace {
 
 using Kernel = void(ReduceArguments, SumsWalk);
-
-// The constants of a channel. Products are taken with the difference from an origin.
-enum { kOrigin, kOrigin2, kMean, kScale, kBias, kConstants };
-
-// Sums of float values are compensated. Of 16-bit values the gradients have few digits, and so have their differences from an origin that
-// is a 16-bit value itself: products of the two and sums of a few are exact, or nearly so. The mean rounded to 16 bits is such an origin;
-// what it is off comes off the sum at the end.
-template <typename T>
-constexpr bool kCompensated = std::is_same_v<T, float>;
-
-template <typename T>
-__device__ __forceinline__ Compute<T> origin_of(Compute<T> mean) {
-  const Compute<T> origin = number(rounded<T>(mean));
-  return origin - origin == 0 ? origin : 0;
-}
-
-template <typename T>
-__device__ __forceinline__ void constants_of(const Gradient& g, int64_t channel, Compute<T>* constants) {
-  using C = Compute<T>;
-  constants[kOrigin] = origin_of<T>(value_of<C>(g.first.mean, channel, C(0)));
-  constants[kOrigin2] = g.two ? origin_of<T>(value_of<C>(g.second.mean, channel, C(0))) : C(0);
-  // Without need of it zeros, for a compiler may read ahead of the condition that uses it.
-  const Affine<C> affine = g.keep == KeepFrom::kInput ? affine_of<C>(g.first, channel) : Affine<C>{};
-  constants[kMean] = affine.mean;
-  constants[kScale] = affine.scale;
-  constants[kBias] = affine.bias;
-}
-
-template <typename T>
-__device__ __forceinline__ void finish_channel(const ReduceArguments& a, int64_t channel, double grad, double xmu,
-                                               double xmu2) {
-  using C = Compute<T>;
-  const Gradient& g = a.gradient;
-  if (grad - grad == 0) {  // of an infinite sum nothing comes off
-    const auto from_origin_to_mean = [&](const Branch& branch) {
-      const C mean = value_of<C>(branch.mean, channel, C(0));
-      return (static_cast<double>(mean) - static_cast<double>(origin_of<T>(mean))) * grad;
-    };
-    if (a.read_input) xmu -= from_origin_to_mean(g.first);
-    if (a.read_input2) xmu2 -= from_origin_to_mean(g.second);
-  }
-  if (a.sum_grad != nullptr) {
-    static_cast<C*>(a.sum_grad)[channel] = static_cast<C>(grad);
-    static_cast<C*>(a.sum_grad_xmu)[channel] = static_cast<C>(xmu);
-    return;
-  }
-  const C invstd = invstd_of<C>(g.first, channel);
-  set_value(a.grad_weight, channel, xmu * static_cast<double>(invstd));
-  set_value(a.grad_bias, channel, grad);
-  const C invstd2 = g.two ? invstd_of<C>(g.second, channel) : C(0);
-  if (g.two) {
-    set_value(a.grad_weight2, channel, xmu2 * static_cast<double>(invstd2));
-    set_value(a.grad_bias2, channel, grad);
-  }
-  if (a.table == nullptr) return;
-  const double count = static_cast<double>(g.shape.count());
-  static_cast<TableEntry<C>*>(a.table)[channel] = {
-      {static_cast<C>(grad / count), slope_of(xmu / count, invstd), slope_of(xmu2 / count, invstd2), C(0)}};
-}
-
-template <typename C, int V>
-__device__ __forceinline__ Values<C, V> all(C value) {
-  Values<C, V> r;
-#pragma unroll
-  for (int i = 0; i < V; ++i) r.v[i] = value;
-  return r;
-}
-
-// Adds to the groups of terms what U accesses are worth; `constants.get<k>()` gives V values.
-template <typename T, int V, int U, bool kTwo, typename Constants, typename Terms>
-__device__ __forceinline__ void terms_of(const ReduceArguments& a, const Place (&p)[U], const Constants& constants,
-                                         Terms& groups) {
-  using C = Compute<T>;
-  const Gradient& g = a.gradient;
-  Pack<T, V> grad[U], x[U], x2[kTwo ? U : 1];
-  unsigned bits[U];
-#pragma unroll
-  for (int u = 0; u < U; ++u) {
-    bits[u] = ~0u;
-    if (!p[u].active) continue;
-    grad[u].load(g.grad_output, p[u].at);
-    if (a.read_input) x[u].load(g.first.input, p[u].at);
-    if constexpr (kTwo) {
-      if (a.read_input2) x2[u].load(g.second.input, p[u].at);
-    }
-    if (g.keep == KeepFrom::kMask) bits[u] = g.mask[p[u].byte] >> p[u].bit;
-  }
-#pragma unroll
-  for (int u = 0; u < U; ++u) {
-    if constexpr (!kTwo) {
-      if (g.keep == KeepFrom::kInput) {
-        const auto mean = constants.template get<kMean>(), scale = constants.template get<kScale>();
-        const auto bias = constants.template get<kBias>();
-        Values<C, V> y;
-#pragma unroll
-        for (int i = 0; i < V; ++i) y.v[i] = normalized(x[u][i], mean[i], scale[i], bias[i]);
-        // As the forward rounded it, to the bit.
-        const auto output = Pack<T, V>::of(y);
-        bits[u] = 0;
-#pragma unroll
-        for (int i = 0; i < V; ++i) bits[u] |= positive_or_nan(output[i]) ? 1u << i : 0;
-      }
-    }
-    grad[u].keep(bits[u]);
-    // What was not read is zero, and an origin finite: nothing but zeros is added for it.
-    const auto origin = constants.template get<kOrigin>();
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      groups.at(0, u, i).add(grad[u][i]);
-      groups.at(1, u, i).add_product(grad[u][i], x[u][i] - origin[i]);
-    }
-    if constexpr (kTwo) {
-      const auto origin2 = constants.template get<kOrigin2>();
-#pragma unroll
-      for (int i = 0; i < V; ++i) groups.at(2, u, i).add_product(grad[u][i], x2[u][i] - origin2[i]);
-    }
-  }
-}
-
-// Of the one channel of a block of planes; those of a tile of rows are in tile.cuh.
-template <typename C, int V>
-struct BlockConstants {
-  const C* shared;
-  template <int k>
-  __device__ __forceinline__ Values<C, V> get() const {
-    return all<C, V>(shared[k]);
-  }
-};
-
-// Accesses that a thread has under way at once, as far as registers go.
-template <typename T, int V, bool kTwo>
-constexpr int unroll() {
-  if (V > 1) return 1;
-  return kTwo || sizeof(T) == 8 ? 2 : 4;
-}
+using namespace reduction;
 
 template <typename T, int V, bool kTwo>
 __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_reduce_planes_kernel(const ReduceArguments a, const SumsWalk w) {
@@ -160,7 +27,7 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_reduce_planes_kernel(const
         __syncthreads();
       },
       [&](const Place(&p)[U], PlaneGroups<T, K, V, U, kCompensated<T>>& groups) {
-        terms_of<T, V, U, kTwo>(a, p, BlockConstants<C, V>{constants}, groups);
+        terms_of<T, V, U, kTwo>(a, p, BlockConstants<C, V>{constants}, groups, [](int, const auto&, const auto&) {});
       },
       [&](int64_t channel, const double (&sums)[K]) {
         finish_channel<T>(a, channel, sums[0], sums[1], kTwo ? sums[K - 1] : 0);
@@ -174,17 +41,10 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_reduce_rows_kernel(const R
   __shared__ __align__(16) C constants[kConstants][kTileChannels];
   sum_rows<T, K, V, U, kCompensated<T>>(
       w,
-      [&](int64_t first, int channels) {
-        for (int i = threadIdx.x; i < channels; i += blockDim.x) {
-          C of_channel[kConstants] = {};
-          constants_of<T>(a.gradient, first + i, of_channel);
-          const int place = place_in_tile<C, V>(i / V, i % V, w.tile_slots);
-#pragma unroll
-          for (int k = 0; k < kConstants; ++k) constants[k][place] = of_channel[k];
-        }
-      },
+      [&](int64_t first, int channels) { tile_constants<T, V>(a.gradient, w.tile_slots, first, channels, constants); },
       [&](const Place(&p)[U], int column, RowGroups<T, K, V, kCompensated<T>>& groups) {
-        terms_of<T, V, U, kTwo>(a, p, RowConstants<C, kConstants, V>{constants, column, w.tile_slots}, groups);
+        terms_of<T, V, U, kTwo>(a, p, RowConstants<C, kConstants, V>{constants, column, w.tile_slots}, groups,
+                                [](int, const auto&, const auto&) {});
       },
       [&](int64_t channel, const double (&sums)[K]) {
         finish_channel<T>(a, channel, sums[0], sums[1], kTwo ? sums[K - 1] : 0);
@@ -220,7 +80,7 @@ cudaError_t launch_reduce(Dtype dtype, const ReduceArguments& arguments, const L
   });
   const int sums = g.two ? 3 : 2;
   const int group = size_of(dtype) == 2 ? 8 : 4;
-  SumsPlan plan = plan_sums(shape, sums, choice.v, choice.unroll, group, address_of(choice.kernel), 1);
+  SumsPlan plan = plan_sums(shape, sums, choice.v, choice.unroll, group, 1, address_of(choice.kernel));
   cudaError_t error = allocate_scratch(plan, 1, launch);
   if (error != cudaSuccess) return error;
   choice.kernel<<<plan.grid, plan.block, static_cast<size_t>(plan.shared_bytes), launch.stream>>>(arguments, plan.walk);

@@ -1,7 +1,8 @@
 // How the passes that reduce go over a tensor, and how their sums are put together: always in the same order.
 //
-// A thread adds the terms of a group in the arithmetic's type and the group to a double, so that a GPU with little double arithmetic keeps
-// up with its memory. Threads and blocks are put together in double. Where several blocks share a channel, each writes its sums to scratch memory and counts itself in; the last one to arrive adds them up.
+// A thread adds the terms of a group in the arithmetic's type and the group to a double, so that a GPU with little
+// double arithmetic keeps up with its memory. Threads and blocks are put together in double. Where several blocks share
+// a channel, each writes its sums to scratch memory and counts itself in; the last one to arrive adds them up.
 #pragma once
 
 #include "cuda/device.h"
@@ -13,8 +14,8 @@ namespace resnet_fused::cuda {
 template <typename T>
 constexpr int kGroup = sizeof(T) == 2 ? 8 : 4;
 
-// The sum of a group. Compensated, it holds what the additions and products round off as well: a gradient's sum is often a small rest of
-// large terms, and then these roundings are what one would see of it.
+// The sum of a group. Compensated, it holds what the additions and products round off as well: a gradient's sum is
+// often a small rest of large terms, and then these roundings are what one would see of it.
 template <typename C, bool kCompensated>
 struct Group {
   C sum = 0, rest = 0;
@@ -39,8 +40,14 @@ struct Group {
       sum = fma(a, b, sum);
     }
   }
-  // Of a square nothing cancels that would bring the rounding to light.
-  __device__ __forceinline__ void add_square(C a) { sum = fma(a, a, sum); }
+  // Of squares nothing cancels, and the roundings of many even out: only those of few come to light.
+  __device__ __forceinline__ void add_square(C a, bool few) {
+    if (kCompensated && few) {
+      add_product(a, a);
+    } else {
+      sum = fma(a, a, sum);
+    }
+  }
   __device__ __forceinline__ double total() const {
     const double wide = static_cast<double>(sum);
     // Of an infinite sum the rest is not a number.
@@ -79,7 +86,8 @@ struct Place {
   bool active;
 };
 
-// The groups of a thread: of planes a group is kSize of the terms of U accesses, of rows (kSize = 0) those of one channel.
+// The groups of a thread: of planes a group is kSize of the terms of U accesses, of rows (kSize = 0) those of one
+// channel.
 template <typename C, int K, int V, int kCount, int kSize, bool kCompensated>
 struct Groups {
   Group<C, kCompensated> of[K][kCount];
@@ -127,9 +135,9 @@ __device__ __forceinline__ void sum_over_block(double (&v)[K]) {
   __syncthreads();  // of_warp is free again
 }
 
-// Counts this block in; true in the last of `splits`. What the block wrote to global memory before is then visible to the last one:
-// each thread's fence puts its own writes before the barrier, the barrier before the count of thread 0; the fence behind the count
-// keeps the reads that follow from being served by what an L1 or a register held before.
+// Counts this block in; true in the last of `splits`. What the block wrote to global memory before is then visible to
+// the last one: each thread's fence puts its own writes before the barrier, the barrier before the count of thread 0;
+// the fence behind the count keeps the reads that follow from being served by what an L1 or a register held before.
 __device__ __forceinline__ bool is_last_block(unsigned* arrived, int64_t splits) {
   __shared__ bool last;
   __threadfence();
@@ -142,8 +150,42 @@ __device__ __forceinline__ bool is_last_block(unsigned* arrived, int64_t splits)
   return result;
 }
 
-// Planes: a block owns the chunks s, s + splits, ... of one channel, so that all blocks go through the batch together and the L2 keeps its
-// end.
+// The places of the chunks split, split + splits, ... of a channel of planes, U a thread at once: f(places).
+template <int V, int U, typename F>
+__device__ __forceinline__ void each_place_of_planes(const SumsWalk& w, int64_t channel, int64_t split, const F& f) {
+  const int64_t first = split * (int64_t{U} * blockDim.x) + threadIdx.x;
+  int64_t outer = first / w.slots;
+  int64_t slot = first - outer * w.slots;
+#pragma unroll 1
+  for (int64_t chunk = split; chunk < w.chunks; chunk += w.splits) {
+    Place p[U];
+    int64_t n = outer, s = slot;
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      const int64_t run = n * w.channels + channel;
+      p[u].active = n < w.outer;
+      p[u].at = run * w.inner + s * V;
+      p[u].byte = run * w.mask_bytes + s * V / 8;
+      p[u].bit = static_cast<int>(s * V % 8);
+      n += w.thread_outer;
+      s += w.thread_slots;
+      if (s >= w.slots) {
+        s -= w.slots;
+        ++n;
+      }
+    }
+    f(p);
+    outer += w.chunk_outer;
+    slot += w.chunk_slots;
+    if (slot >= w.slots) {
+      slot -= w.slots;
+      ++outer;
+    }
+  }
+}
+
+// Planes: a block owns chunks of one channel after the other. They are interleaved with those of the channel's other
+// blocks, so that all blocks go through the batch together and the L2 keeps its end.
 //   begin(channel): the block prepares constants of the channel
 //   terms(places, groups): adds the terms of U accesses
 //   finish(channel, sums): the first thread of the last block
@@ -155,27 +197,7 @@ __device__ __forceinline__ void sum_planes(const SumsWalk& w, const Begin& begin
     const int64_t channel = item % w.channels, split = item / w.channels;
     begin(channel);
     double sums[K] = {};
-    const int64_t first = split * (int64_t{U} * blockDim.x) + threadIdx.x;
-    int64_t outer = first / w.slots;
-    int64_t slot = first - outer * w.slots;
-#pragma unroll 1
-    for (int64_t chunk = split; chunk < w.chunks; chunk += w.splits) {
-      Place p[U];
-      int64_t n = outer, s = slot;
-#pragma unroll
-      for (int u = 0; u < U; ++u) {
-        const int64_t run = n * w.channels + channel;
-        p[u].active = n < w.outer;
-        p[u].at = run * w.inner + s * V;
-        p[u].byte = run * w.mask_bytes + s * V / 8;
-        p[u].bit = static_cast<int>(s * V % 8);
-        n += w.thread_outer;
-        s += w.thread_slots;
-        if (s >= w.slots) {
-          s -= w.slots;
-          ++n;
-        }
-      }
+    each_place_of_planes<V, U>(w, channel, split, [&](const Place(&p)[U]) {
       PlaneGroups<T, K, V, U, kCompensated> groups;
       terms(p, groups);
 #pragma unroll
@@ -183,13 +205,7 @@ __device__ __forceinline__ void sum_planes(const SumsWalk& w, const Begin& begin
 #pragma unroll
         for (int i = 0; i < kGroups; ++i) sums[k] += groups.of[k][i].total();
       }
-      outer += w.chunk_outer;
-      slot += w.chunk_slots;
-      if (slot >= w.slots) {
-        slot -= w.slots;
-        ++outer;
-      }
-    }
+    });
     sum_over_block<K>(sums);
     if (w.splits > 1) {
       double* partial = w.partials + channel * w.splits * K;
@@ -209,12 +225,13 @@ __device__ __forceinline__ void sum_planes(const SumsWalk& w, const Begin& begin
   }
 }
 
-// The sums of a thread's V channels, K of each, in dynamic shared memory: registers would not do for them. Lanes lie beside each other.
+// The sums of a thread's V channels, K of each, in dynamic shared memory: registers would not do for them. Lanes lie
+// beside each other.
 template <int K, int V>
 struct ThreadSums {
   double* own;
   __device__ __forceinline__ ThreadSums() {
-    extern __shared__ double sums[];
+    extern __shared__ __align__(16) double sums[];
     own = sums + threadIdx.x;
   }
   __device__ __forceinline__ double& at(int k, int i, int thread = 0) const {
@@ -250,8 +267,8 @@ __device__ __forceinline__ void sum_over_rows(const ThreadSums<K, V>& sums, int 
   }
 }
 
-// What a block and a thread of rows own: a tile of channels and of its rows the chunks split, split + splits, ...; of the tile V channels
-// and every tile_rows-th row.
+// What a block and a thread of rows own: a tile of channels and of its rows the chunks split, split + splits, ...; of
+// the tile V channels and every tile_rows-th row.
 struct RowsOwner {
   int tile, split, row, column;
 
@@ -264,10 +281,12 @@ struct RowsOwner {
     row = static_cast<int>(thread) / w.tile_slots;
     column = static_cast<int>(thread) - row * w.tile_slots;
   }
+  __device__ __forceinline__ int64_t slot(const SumsWalk& w) const { return int64_t{tile} * w.tile_slots + column; }
+  __device__ __forceinline__ bool has_values(const SumsWalk& w) const { return row < w.tile_rows && slot(w) < w.slots; }
 };
 
-// Puts the sums of a tile's blocks together, in the last of them; false in every other. Blocks are counted in groups first, for a single
-// block would be at it long: its SM reads no faster than any other.
+// Puts the sums of a tile's blocks together, in the last of them; false in every other. Blocks are counted in groups
+// first, for a single block would be at it long: its SM reads no faster than any other.
 template <int K, int V>
 __device__ __forceinline__ bool merge_tile(const SumsWalk& w, const ThreadSums<K, V>& sums, const RowsOwner& own) {
   const int width = w.tile_slots * V;
@@ -310,6 +329,28 @@ __device__ __forceinline__ bool merge_tile(const SumsWalk& w, const ThreadSums<K
   return true;
 }
 
+// The first row of a thread's group in a chunk.
+template <typename T>
+__device__ __forceinline__ int64_t first_row(const SumsWalk& w, const RowsOwner& own, int chunk) {
+  return int64_t{chunk} * kGroup<T> * w.tile_rows + own.row;
+}
+
+// The places of the thread's next U rows, from `row` on, which moves on.
+template <int V, int U>
+__device__ __forceinline__ void places_of_rows(const SumsWalk& w, int64_t slot, bool has_values, int64_t& row,
+                                               Place (&p)[U]) {
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+    const int64_t r = row;
+    row += w.tile_rows;
+    p[u].active = has_values && r < w.outer;
+    p[u].at = r * w.inner + slot * V;
+    // Rows of eight whole values are of whole bytes: one product less to keep.
+    p[u].byte = V == 8 ? p[u].at >> 3 : r * w.mask_bytes + slot * V / 8;
+    p[u].bit = static_cast<int>(slot * V % 8);
+  }
+}
+
 // Rows: see RowsOwner. A thread adds a group of rows at a time.
 //   begin(first channel, count): the block prepares constants of the tile
 //   terms(places, column, groups): adds the terms of U rows
@@ -329,23 +370,17 @@ __device__ __forceinline__ void sum_rows(const SumsWalk& w, const Begin& begin, 
     begin(int64_t{own.tile} * w.tile_slots * V, channels_of(own.tile));
     sums.clear();
     __syncthreads();
-    const int64_t slot = int64_t{own.tile} * w.tile_slots + own.column;
-    const bool has_values = own.row < w.tile_rows && slot < w.slots;
+    const int64_t slot = own.slot(w);
+    const bool has_values = own.has_values(w);
 #pragma unroll 1
-    for (int64_t chunk = own.split; chunk < w.chunks; chunk += w.splits) {
+    for (int chunk = own.split; chunk < static_cast<int>(w.chunks); chunk += static_cast<int>(w.splits)) {
       RowGroups<T, K, V, kCompensated> groups;
+      int64_t row = first_row<T>(w, own, chunk);
       // Where one row fills the registers, the loop must not be unrolled either.
 #pragma unroll(U == 1 ? 1 : 2)
       for (int g = 0; g < kRows; g += U) {
         Place p[U];
-#pragma unroll
-        for (int u = 0; u < U; ++u) {
-          const int64_t r = (chunk * kRows + g + u) * w.tile_rows + own.row;
-          p[u].active = has_values && r < w.outer;
-          p[u].at = r * w.inner + slot * V;
-          p[u].byte = r * w.mask_bytes + slot * V / 8;
-          p[u].bit = static_cast<int>(slot * V % 8);
-        }
+        places_of_rows<V>(w, slot, has_values, row, p);
         terms(p, own.column, groups);
       }
 #pragma unroll
@@ -375,9 +410,10 @@ struct SumsPlan {
   int64_t partial_doubles, counters;  // of one branch
 };
 
-// Enough blocks to fill the device, each with a few chunks to do.
-inline SumsPlan plan_sums(const Shape& shape, int sums, int v, int unroll, int group, const void* kernel,
-                          int branches) {
+// Enough blocks to fill the device, resident(threads, shared bytes), each with a few chunks to do.
+template <typename Resident>
+SumsPlan plan_sums(const Shape& shape, int sums, int v, int unroll, int group, int branches, int64_t least_chunks,
+                   const Resident& resident) {
   SumsPlan plan{};
   SumsWalk& w = plan.walk;
   w.inner = shape.inner();
@@ -387,9 +423,12 @@ inline SumsPlan plan_sums(const Shape& shape, int sums, int v, int unroll, int g
   int64_t groups = 0;
   if (shape.rows) {
     w.outer = shape.runs();
-    // Tiles of whole sectors and more, but narrow, so that a block sees many rows: what it writes for its channels is then little.
+    // Tiles of whole sectors and more, but narrow, so that a block sees many rows: what it writes for its channels is
+    // then little.
     w.tiles = divide_up(w.slots, v > 1 ? 8 : 128);
-    w.tile_slots = static_cast<int32_t>(divide_up(w.slots, w.tiles));
+    // Whole bytes of the mask, for who writes one.
+    w.tile_slots = static_cast<int32_t>(round_up(divide_up(w.slots, w.tiles), v > 1 ? 8 / v : 1));
+    w.tiles = divide_up(w.slots, w.tile_slots);
     w.tile_rows = kThreads / w.tile_slots;
     w.chunks = divide_up(w.outer, int64_t{group} * w.tile_rows);
     plan.block = kThreads;
@@ -403,10 +442,9 @@ inline SumsPlan plan_sums(const Shape& shape, int sums, int v, int unroll, int g
     w.chunks = divide_up(accesses, chunk);
     groups = w.channels;
   }
-  const int64_t resident = resident_blocks(kernel, static_cast<int>(plan.block), plan.shared_bytes);
-  constexpr int64_t kLeastChunks = 2;
-  w.splits = std::clamp<int64_t>(resident / std::max<int64_t>(groups * branches, 1), 1,
-                                 std::max<int64_t>(w.chunks / kLeastChunks, 1));
+  const int64_t blocks = resident(static_cast<int>(plan.block), plan.shared_bytes);
+  w.splits = std::clamp<int64_t>(blocks / std::max<int64_t>(groups * branches, 1), 1,
+                                 std::max<int64_t>(w.chunks / least_chunks, 1));
   w.items = groups * w.splits;
   constexpr int64_t kFew = 32;
   w.group_splits = w.splits <= kFew ? w.splits : kFew;
@@ -431,6 +469,13 @@ inline SumsPlan plan_sums(const Shape& shape, int sums, int v, int unroll, int g
     w.branch_counters = plan.counters;
   }
   return plan;
+}
+
+inline SumsPlan plan_sums(const Shape& shape, int sums, int v, int unroll, int group, int branches,
+                          const void* kernel) {
+  constexpr int64_t kLeastChunks = 2;
+  return plan_sums(shape, sums, v, unroll, group, branches, kLeastChunks,
+                   [&](int threads, int64_t shared_bytes) { return resident_blocks(kernel, threads, shared_bytes); });
 }
 
 // Scratch memory for blocks that share a channel: their sums, and counters that begin at zero.

@@ -1,5 +1,8 @@
 #include "cuda/tensors.h"
 
+#include <cstdlib>
+#include <string_view>
+
 namespace resnet_fused::cuda {
 
 namespace {
@@ -67,6 +70,11 @@ void* mutable_data_of(const Tensor& tensor) { return const_cast<void*>(data_of(t
 ChannelVector values(const Tensor& vector) { return {data_of(vector), vector.stride(0), dtype_of(vector)}; }
 
 ChannelOutput output_of(const Tensor& vector) { return {mutable_data_of(vector), vector.stride(0), dtype_of(vector)}; }
+
+bool on_chip_wanted() {
+  const char* asked = std::getenv("RESNET_FUSED_ON_CHIP");
+  return asked == nullptr || std::string_view(asked) != "0";
+}
 
 Branch branch_of(const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias) {
   Branch branch;

@@ -57,8 +57,9 @@ inline ChannelOutput output_of(const MaybeTensor& vector) { return vector ? outp
 const void* data_of(const Tensor& tensor);
 void* mutable_data_of(const Tensor& tensor);
 
-// One call of an operator: the tensor's device becomes the current one, launches go to torch's current stream there, and scratch memory
-// comes from torch's allocator, whose streams see to it that nobody gets it before the kernels are done with it.
+// One call of an operator: the tensor's device becomes the current one, launches go to torch's current stream there,
+// and scratch memory comes from torch's allocator, whose streams see to it that nobody gets it before the kernels are
+// done with it.
 class Call {
  public:
   Call(const char* name, const Tensor& input);
@@ -78,6 +79,10 @@ class Call {
   Launch launch_;
   std::vector<Tensor> scratch_;
 };
+
+// Whether launches may keep tensors on chip where they fit: not with RESNET_FUSED_ON_CHIP=0, which is read anew with
+// every call.
+bool on_chip_wanted();
 
 // A normalized input of an operator.
 Branch branch_of(const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias);

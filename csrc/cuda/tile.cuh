@@ -6,8 +6,8 @@
 
 namespace resnet_fused::cuda {
 
-// Constants of a tile of channels, K of each, in shared memory. Four floats of a lane lie beside those of the next, so that 16-byte accesses of a
-// warp meet every bank once.
+// Constants of a tile of channels, K of each, in shared memory. Four floats of a lane lie beside those of the next, so
+// that 16-byte accesses of a warp meet every bank once.
 constexpr int kTileChannels = 256;
 
 template <typename C, int V>

@@ -1,9 +1,10 @@
-// How the passes that write one value for each they read go over a tensor: from its end to its beginning, for the end is what the L2
-// still has of the pass before.
+// How the passes that write one value for each they read go over a tensor: from its end to its beginning, for the end
+// is what the L2 still has of the pass before.
 //
-// Accesses of V values are counted in slots. A run (a plane or a row) has as many slots as its mask bytes have room for, so that the
-// lanes that share a byte of the mask lie beside each other in a warp; the last slots of a run may be empty. A thread owns V = 16 bytes
-// of values and not the eight of a whole mask byte: float and double accesses of a warp then fill whole sectors.
+// Accesses of V values are counted in slots. A run (a plane or a row) has as many slots as its mask bytes have room
+// for, so that the lanes that share a byte of the mask lie beside each other in a warp; the last slots of a run may be
+// empty. A thread owns V = 16 bytes of values and not the eight of a whole mask byte: float and double accesses of a
+// warp then fill whole sectors.
 #pragma once
 
 #include "cuda/device.h"
@@ -33,7 +34,8 @@ struct Walk {
   int32_t tile_slots, tile_rows;
 };
 
-// The places that a thread treats at once. Those that are not active have no values, those not inside have no mask byte either.
+// The places that a thread treats at once. Those that are not active have no values, those not inside have no mask byte
+// either.
 template <int U>
 struct Places {
   int64_t at[U];       // the first value
@@ -56,8 +58,8 @@ struct PlaneConstants {
   }
 };
 
-// Planes: a block owns chunks of U accesses a thread anywhere in the tensor. body(places, constants), where constants(u) are those of
-// the channel at place u, made by fill(channel, values).
+// Planes: a block owns chunks of U accesses a thread anywhere in the tensor. body(places, constants), where
+// constants(u) are those of the channel at place u, made by fill(channel, values).
 template <typename C, int K, int V, int U, typename Fill, typename Body>
 __device__ __forceinline__ void walk_planes(const Walk& w, const Fill& fill, const Body& body) {
   const int64_t last = w.chunks - 1 - blockIdx.x;
@@ -105,8 +107,8 @@ __device__ __forceinline__ void walk_planes(const Walk& w, const Fill& fill, con
   }
 }
 
-// Rows: a block owns a tile of channels and chunks of U·tile_rows rows; a thread V channels of it, whose constants the block puts into
-// shared memory once, and every tile_rows-th row.
+// Rows: a block owns a tile of channels and chunks of U·tile_rows rows; a thread V channels of it, whose constants the
+// block puts into shared memory once, and every tile_rows-th row.
 template <typename C, int K, int V, int U, typename Fill, typename Body>
 __device__ __forceinline__ void walk_rows(const Walk& w, const Fill& fill, const Body& body) {
   __shared__ __align__(16) C shared[K][kTileChannels];
@@ -152,8 +154,8 @@ __device__ __forceinline__ void walk(const Walk& w, const Fill& fill, const Body
   }
 }
 
-// Bits of V values each, put together over the lanes that share a byte. All lanes of the warp take part; a lane's place in its byte is
-// that of its index.
+// Bits of V values each, put together over the lanes that share a byte. All lanes of the warp take part; a lane's place
+// in its byte is that of its index.
 template <int V>
 __device__ __forceinline__ unsigned gather_bits(unsigned bits) {
   const int lane = threadIdx.x % 32;
