@@ -71,9 +71,13 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: capability)
 
-    backend._why_not_cuda.cache_clear()
+    # A GPU that only Triton would reach is not what is pretended.
+    monkeypatch.setattr(backend.triton_kernels, "why_not", lambda device: "no Triton here")
+    for cached in (backend._why_not_cuda, backend._serving):
+        cached.cache_clear()
     yield pretend
-    backend._why_not_cuda.cache_clear()
+    for cached in (backend._why_not_cuda, backend._serving):
+        cached.cache_clear()
 
 
 CUDA = torch.device("cuda", 0)
