@@ -9,12 +9,15 @@
 
 namespace resnet_fused::cuda {
 
-// Blocks of a kernel that the current device holds at once.
+// Blocks of a kernel that the current device holds at once; 0 where it holds none.
 int64_t resident_blocks(const void* kernel, int threads, int64_t shared_bytes);
 
 int device_attribute(cudaDeviceAttr attribute);
 
-// Lets a kernel have more dynamic shared memory than the 48 KiB that need no asking.
+// More than any kernel here has of its own shared memory (docs/kernels.md), which counts with the dynamic one.
+constexpr int64_t kOwnShared = 16 * 1024;
+
+// Lets a kernel have more shared memory than the 48 KiB that need no asking.
 cudaError_t allow_shared(const void* kernel, int64_t shared_bytes);
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -60,8 +60,7 @@ inline OnChip plan_on_chip(const Shape& shape, int sums, int v, int unroll, int 
     const int64_t places =
         divide_up(w.chunks, w.splits) * (shape.rows ? group : unroll * divide_up(w.items, plan.grid));
     plan.shared_bytes += places * packs * plan.block * 16;
-    constexpr int64_t kOfTheKernel = 8 * 1024;  // its own shared memory is less
-    if (plan.shared_bytes + kOfTheKernel > most) continue;
+    if (plan.shared_bytes + kOwnShared > most) continue;
     if (allow_shared(kernel, plan.shared_bytes) != cudaSuccess) continue;
     if (resident_blocks(kernel, static_cast<int>(plan.block), plan.shared_bytes) < int64_t{plan.grid}) continue;
     return {true, plan};

@@ -81,7 +81,8 @@ cudaError_t launch_reduce(Dtype dtype, const ReduceArguments& arguments, const L
   const int sums = g.two ? 3 : 2;
   const int group = size_of(dtype) == 2 ? 8 : 4;
   SumsPlan plan = plan_sums(shape, sums, choice.v, choice.unroll, group, 1, address_of(choice.kernel));
-  cudaError_t error = allocate_scratch(plan, 1, launch);
+  cudaError_t error = allow_shared(address_of(choice.kernel), plan.shared_bytes);
+  if (error == cudaSuccess) error = allocate_scratch(plan, 1, launch);
   if (error != cudaSuccess) return error;
   choice.kernel<<<plan.grid, plan.block, static_cast<size_t>(plan.shared_bytes), launch.stream>>>(arguments, plan.walk);
   return cudaGetLastError();
