@@ -64,17 +64,21 @@ struct Gradients {
                should_stream<T>(a.shape, {a.grad_input, a.grad_input2, a.grad_residual});
   }
 
-  void reduce_channel(int64_t c, const PlanePieces& pieces) {
-    double total[3] = {};
-    for (int64_t p = 0; p < pieces.count; ++p) {
-      double piece[3] = {};
-      kernels<T>().planes_reduce(a, c, pieces.begin(p), pieces.begin(p + 1), piece);
-      for (int i = 0; i < 3; ++i) total[i] += piece[i];
+  // Of channels of planes, each in one piece.
+  void reduce_channels(int64_t channel, int64_t channels) {
+    double total[3 * kChannelsTogether] = {};
+    kernels<T>().planes_reduce(a, channel, channels, 0, a.shape.count(), total);
+    for (int64_t c = 0; c < channels; ++c) {
+      sums.grad[channel + c] = total[3 * c];
+      sums.xmu[channel + c] = total[3 * c + 1];
+      sums.xmu2[channel + c] = total[3 * c + 2];
+      centre(channel + c);
     }
-    sums.grad[c] = total[0];
-    sums.xmu[c] = total[1];
-    sums.xmu2[c] = total[2];
-    centre(c);
+  }
+
+  // Pieces of a channel go through the kernels one by one.
+  int64_t together(const PlanePieces& pieces) const {
+    return pieces.count > 1 ? 1 : channels_together(a.shape, sizeof(T));
   }
 
   // From the origin of the kernels' sums to the mean.
@@ -92,10 +96,10 @@ struct Gradients {
       const PlanePieces pieces(shape);
       std::vector<double> parts(3 * channels * pieces.count);
       parallel(channels * pieces.count, shape.numel(), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
+        for_channels(begin, end, together(pieces), [&](int64_t i, int64_t many) {
           const int64_t p = i % pieces.count;
-          kernels<T>().planes_reduce(a, i / pieces.count, pieces.begin(p), pieces.begin(p + 1), &parts[3 * i]);
-        }
+          kernels<T>().planes_reduce(a, i / pieces.count, many, pieces.begin(p), pieces.begin(p + 1), &parts[3 * i]);
+        });
       });
       for (int64_t i = 0; i < channels * pieces.count; ++i) {
         const int64_t c = i / pieces.count;
@@ -162,10 +166,10 @@ struct Gradients {
     } else {
       const PlanePieces pieces(shape);
       parallel(shape.channels * pieces.count, shape.numel(), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
+        for_channels(begin, end, together(pieces), [&](int64_t i, int64_t many) {
           const int64_t p = i % pieces.count;
-          kernels<T>().planes_backward(a, i / pieces.count, pieces.begin(p), pieces.begin(p + 1));
-        }
+          kernels<T>().planes_backward(a, i / pieces.count, many, pieces.begin(p), pieces.begin(p + 1));
+        });
       });
     }
   }
@@ -183,11 +187,11 @@ struct Gradients {
     }
     const bool writes = a.grad_input || a.grad_input2 || a.grad_residual;
     parallel(shape.channels, shape.numel(), [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c) {
-        reduce_channel(c, pieces);
-        set_slopes_from_sums(c);
-        if (writes) kernels<T>().planes_backward(a, c, 0, shape.count());
-      }
+      for_channels(begin, end, together(pieces), [&](int64_t channel, int64_t many) {
+        reduce_channels(channel, many);
+        for (int64_t c = channel; c < channel + many; ++c) set_slopes_from_sums(c);
+        if (writes) kernels<T>().planes_backward(a, channel, many, 0, shape.count());
+      });
     });
   }
 

@@ -111,22 +111,24 @@ struct Branch {
 template <typename T>
 constexpr int kStatisticsPasses = std::is_same_v<T, double> ? 2 : 1;
 
-// The statistics of one channel of planes.
+// The statistics of some channels of planes, each in one piece.
 template <typename T>
-void planes_statistics(Branch<T>& branch, int64_t c, const PlanePieces& pieces) {
+void planes_statistics(Branch<T>& branch, int64_t channel, int64_t channels) {
   using C = Compute<T>;
-  const T* channel = branch.data + c * branch.shape.positions;
-  C shift = branch.shift_of(c);
+  const Shape& shape = branch.shape;
+  C shift[kChannelsTogether];
+  for (int64_t c = 0; c < channels; ++c) shift[c] = branch.shift_of(channel + c);
   for (int pass = 1; pass <= kStatisticsPasses<T>; ++pass) {
-    double sums[2] = {};
-    for (int64_t p = 0; p < pieces.count; ++p) {
-      double piece[2] = {};
-      kernels<T>().planes_statistics(channel, branch.shape, pieces.begin(p), pieces.begin(p + 1), shift, piece);
-      sums[0] += piece[0];
-      sums[1] += piece[1];
+    double sums[2 * kChannelsTogether] = {};
+    kernels<T>().planes_statistics(branch.data + channel * shape.positions, shape, channels, 0, shape.count(), shift,
+                                   sums);
+    for (int64_t c = 0; c < channels; ++c) {
+      if (pass == kStatisticsPasses<T>) {
+        branch.finish(channel + c, shift[c], sums[2 * c], sums[2 * c + 1]);
+      } else {
+        shift[c] += static_cast<C>(sums[2 * c] / static_cast<double>(shape.count()));
+      }
     }
-    if (pass == kStatisticsPasses<T>) return branch.finish(c, shift, sums[0], sums[1]);
-    shift += static_cast<C>(sums[0] / static_cast<double>(branch.shape.count()));
   }
 }
 
@@ -166,8 +168,8 @@ void all_statistics(Branch<T>& branch) {
         for (int64_t i = begin; i < end; ++i) {
           const int64_t c = i / pieces, p = i % pieces;
           double piece[2] = {};
-          kernels<T>().planes_statistics(branch.data + c * shape.positions, shape, planes.begin(p), planes.begin(p + 1),
-                                         shift[c], piece);
+          kernels<T>().planes_statistics(branch.data + c * shape.positions, shape, 1, planes.begin(p),
+                                         planes.begin(p + 1), &shift[c], piece);
           sum[p * padded + c] = piece[0];
           square[p * padded + c] = piece[1];
         }

@@ -51,15 +51,16 @@ void run(const ForwardArguments<T>& arguments) {
     parallel(pieces.count, shape.numel(), [&](int64_t begin, int64_t end) {
       kernels<T>().rows_forward(arguments, pieces.begin(begin), pieces.begin(end));
     });
-  } else {
-    const PlanePieces pieces(shape);
-    parallel(shape.channels * pieces.count, shape.numel(), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t p = i % pieces.count;
-        kernels<T>().planes_forward(arguments, i / pieces.count, pieces.begin(p), pieces.begin(p + 1));
-      }
-    });
+    return;
   }
+  const PlanePieces pieces(shape);
+  const int64_t together = pieces.count > 1 ? 1 : channels_together(shape, sizeof(T));
+  parallel(shape.channels * pieces.count, shape.numel(), [&](int64_t begin, int64_t end) {
+    for_channels(begin, end, together, [&](int64_t i, int64_t channels) {
+      const int64_t p = i % pieces.count;
+      kernels<T>().planes_forward(arguments, i / pieces.count, channels, pieces.begin(p), pieces.begin(p + 1));
+    });
+  });
 }
 
 void check_eval_dtypes(const MaybeTensor& weight, const MaybeTensor& bias, const Tensor& running_mean,
@@ -78,18 +79,17 @@ void check_count(const Tensor& input) {
 template <typename T>
 void run_training(const ForwardArguments<T>& arguments, Branch<T>& branch, Branch<T>* branch2) {
   const Shape& shape = arguments.shape;
-  const PlanePieces pieces(shape);
-  if (shape.rows || pieces.count > 1 || shape.numel() == 0) {
+  if (shape.rows || PlanePieces(shape).count > 1 || shape.numel() == 0) {
     all_statistics(branch);
     if (branch2) all_statistics(*branch2);
     return run(arguments);
   }
   parallel(shape.channels, shape.numel(), [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      planes_statistics(branch, c, pieces);
-      if (branch2) planes_statistics(*branch2, c, pieces);
-      kernels<T>().planes_forward(arguments, c, 0, shape.count());
-    }
+    for_channels(begin, end, channels_together(shape, sizeof(T)), [&](int64_t c, int64_t channels) {
+      planes_statistics(branch, c, channels);
+      if (branch2) planes_statistics(*branch2, c, channels);
+      kernels<T>().planes_forward(arguments, c, channels, 0, shape.count());
+    });
   });
 }
 

@@ -1,7 +1,7 @@
 // The inner loops of the CPU operators, one table of them for each dtype and instruction set.
 //
-// Tensors have no gaps and one layout. "Planes" kernels take one channel of NCHW: a range of its N·S values, which are planes of S
-// values, C·S apart. "Rows" kernels take a range of channels_last rows, pixels of C values. Sums are double, added in an order that
+// Tensors have no gaps and one layout. "Planes" kernels take some channels of NCHW that follow each other, at most kChannelsTogether,
+// and of each the same range of its N·S values, which are planes of S values, C·S apart. "Rows" kernels take a range of channels_last rows, pixels of C values. Sums are double, added in an order that
 // depends on the shape alone, so that neither the number of threads nor the instruction set's width changes a bit.
 #pragma once
 
@@ -79,23 +79,29 @@ struct BackwardArguments {
   bool stream;
 };
 
+// The most channels of planes that a kernel takes at once.
+constexpr int64_t kChannelsTogether = 32;
+
 template <typename T>
 struct Kernels {
   using C = Compute<T>;
 
-  // Adds the sums of (x - shift) and of its square to sums[0] and sums[1].
-  void (*planes_statistics)(const T* channel, const Shape& shape, int64_t begin, int64_t end, C shift, double* sums);
+  // Adds the sums of (x - shift) and of its square to sums[0] and sums[1], two for each channel. `planes` and `shift` are the first
+  // channel's.
+  void (*planes_statistics)(const T* planes, const Shape& shape, int64_t channels, int64_t begin, int64_t end,
+                            const C* shift, double* sums);
   void (*rows_statistics)(const T* rows, const Shape& shape, int64_t count, const C* shift, double* sum,
                           double* square);
 
-  void (*planes_forward)(const ForwardArguments<T>&, int64_t channel, int64_t begin, int64_t end);
+  void (*planes_forward)(const ForwardArguments<T>&, int64_t channel, int64_t channels, int64_t begin, int64_t end);
   void (*rows_forward)(const ForwardArguments<T>&, int64_t begin, int64_t end);
 
-  // Adds the sums of grad, grad (input - origin) and grad (input2 - origin2); see kOriginIsMean.
-  void (*planes_reduce)(const BackwardArguments<T>&, int64_t channel, int64_t begin, int64_t end, double* sums);
+  // Adds the sums of grad, grad (input - origin) and grad (input2 - origin2), three for each channel of planes; see kOriginIsMean.
+  void (*planes_reduce)(const BackwardArguments<T>&, int64_t channel, int64_t channels, int64_t begin, int64_t end,
+                        double* sums);
   void (*rows_reduce)(const BackwardArguments<T>&, int64_t begin, int64_t end, double* grad, double* xmu, double* xmu2);
 
-  void (*planes_backward)(const BackwardArguments<T>&, int64_t channel, int64_t begin, int64_t end);
+  void (*planes_backward)(const BackwardArguments<T>&, int64_t channel, int64_t channels, int64_t begin, int64_t end);
   void (*rows_backward)(const BackwardArguments<T>&, int64_t begin, int64_t end);
 
   // relu(x + residual) over elements without channels; begin is a multiple of 8.

@@ -141,25 +141,31 @@ struct Moments {
 };
 
 template <typename T>
-void planes_statistics(const T* channel, const Shape& shape, int64_t begin, int64_t end, Compute<T> shift,
-                       double* sums) {
+void planes_statistics(const T* planes, const Shape& shape, int64_t channels, int64_t begin, int64_t end,
+                       const Compute<T>* shift, double* sums) {
   using C = Compute<T>;
   constexpr int kLanes = Pack<C>::kLanes;
-  const Pack<C> narrow = broadcast(shift);
-  const auto wide = widen(narrow);
-  Moments<C> moments = {zero_sums<C>(), zero_sums<C>()};
-  const int64_t stride = shape.channels * shape.positions;
+  Moments<C> of_channel[kChannelsTogether];
+  for (int64_t c = 0; c < channels; ++c) of_channel[c] = {zero_sums<C>(), zero_sums<C>()};
   for_planes<false>(shape, begin, end, [&](int64_t n, int64_t from, int64_t length) __attribute__((always_inline)) {
-    const T* x = channel + n * stride + from;
-    for_packs<kLanes>(length, [&](int64_t i, int first, int count) __attribute__((always_inline)) {
-      Pack<C> v = load_n(x + i, count);
-      // Lanes that do not count take the shift's place, whose difference is zero.
-      if (first != 0 || count != kLanes) v = choose(lanes_between<C>(first, count), v, narrow);
-      moments.add(v, wide);
-    });
+    for (int64_t c = 0; c < channels; ++c) {
+      const T* x = planes + (n * shape.channels + c) * shape.positions + from;
+      const Pack<C> narrow = broadcast(shift[c]);
+      const auto wide = widen(narrow);
+      Moments<C> moments = of_channel[c];
+      for_packs<kLanes>(length, [&](int64_t i, int first, int count) __attribute__((always_inline)) {
+        Pack<C> v = load_n(x + i, count);
+        // Lanes that do not count take the shift's place, whose difference is zero.
+        if (first != 0 || count != kLanes) v = choose(lanes_between<C>(first, count), v, narrow);
+        moments.add(v, wide);
+      });
+      of_channel[c] = moments;
+    }
   });
-  sums[0] += total(moments.sum);
-  sums[1] += total(moments.square);
+  for (int64_t c = 0; c < channels; ++c) {
+    sums[2 * c] += total(of_channel[c].sum);
+    sums[2 * c + 1] += total(of_channel[c].square);
+  }
 }
 
 // A group of rows is walked a pack of channels at a time, which no machine recognizes as a stream: fetch what lies this many values
@@ -265,13 +271,15 @@ INLINE void forward_run(const ForwardArguments<T>& a, const ForwardConstants<Com
 
 // The arguments come by value: stores to the output could change what a reference refers to, as far as the compiler knows.
 template <typename T, Second S, bool Mask>
-void planes_forward_as(const ForwardArguments<T> a, int64_t channel, int64_t begin, int64_t end) {
-  const auto constants = ForwardConstants<Compute<T>, Uniform>::of(a.affine, a.affine2, channel);
+void planes_forward_as(const ForwardArguments<T> a, int64_t channel, int64_t channels, int64_t begin, int64_t end) {
   // Backwards: the last planes of the statistics pass are the first that the cache still has.
   for_planes<true>(a.shape, begin, end, [&](int64_t n, int64_t from, int64_t length) __attribute__((always_inline)) {
-    const int64_t plane = n * a.shape.channels + channel;
-    uint8_t* mask = Mask ? a.mask + plane * a.shape.mask_bytes() + from / 8 : nullptr;
-    forward_run<T, Uniform, S, Mask>(a, constants, plane * a.shape.positions + from, mask, length);
+    for (int64_t c = channel; c < channel + channels; ++c) {
+      const auto constants = ForwardConstants<Compute<T>, Uniform>::of(a.affine, a.affine2, c);
+      const int64_t plane = n * a.shape.channels + c;
+      uint8_t* mask = Mask ? a.mask + plane * a.shape.mask_bytes() + from / 8 : nullptr;
+      forward_run<T, Uniform, S, Mask>(a, constants, plane * a.shape.positions + from, mask, length);
+    }
   });
   if (a.stream) stream_fence();
 }
@@ -287,13 +295,13 @@ void rows_forward_as(const ForwardArguments<T> a, int64_t begin, int64_t end) {
 }
 
 template <typename T>
-void planes_forward(const ForwardArguments<T>& a, int64_t channel, int64_t begin, int64_t end) {
-  if (a.residual == nullptr) return planes_forward_as<T, Second::kNone, false>(a, channel, begin, end);
+void planes_forward(const ForwardArguments<T>& a, int64_t channel, int64_t channels, int64_t begin, int64_t end) {
+  if (a.residual == nullptr) return planes_forward_as<T, Second::kNone, false>(a, channel, channels, begin, end);
   const bool normalized = a.affine2.mean != nullptr;
-  if (normalized && a.mask) return planes_forward_as<T, Second::kNormalized, true>(a, channel, begin, end);
-  if (normalized) return planes_forward_as<T, Second::kNormalized, false>(a, channel, begin, end);
-  if (a.mask) return planes_forward_as<T, Second::kTensor, true>(a, channel, begin, end);
-  return planes_forward_as<T, Second::kTensor, false>(a, channel, begin, end);
+  if (normalized && a.mask) return planes_forward_as<T, Second::kNormalized, true>(a, channel, channels, begin, end);
+  if (normalized) return planes_forward_as<T, Second::kNormalized, false>(a, channel, channels, begin, end);
+  if (a.mask) return planes_forward_as<T, Second::kTensor, true>(a, channel, channels, begin, end);
+  return planes_forward_as<T, Second::kTensor, false>(a, channel, channels, begin, end);
 }
 
 template <typename T>
@@ -362,28 +370,35 @@ INLINE void reduce_pack(const T* g, const T* x, const T* x2, const uint8_t* mask
 }
 
 template <typename T, KeepFrom K, bool Two>
-void planes_reduce_as(const BackwardArguments<T> a, int64_t channel, int64_t begin, int64_t end, double* sums) {
+void planes_reduce_as(const BackwardArguments<T> a, int64_t channel, int64_t channels, int64_t begin, int64_t end,
+                      double* sums) {
   using C = Compute<T>;
   constexpr int kLanes = Pack<C>::kLanes;
-  const Pack<C> mean = Uniform<C>::at(a.affine.mean, channel).value;
-  const ReduceConstants<C> constants = {mean, Uniform<C>::at(a.affine.scale, channel).value,
-                                        Uniform<C>::at(a.affine.bias, channel).value,
-                                        Uniform<C>::at(a.mean2, channel).value};
-  GradientSums<C, Two> group = {zero_sums<C>(), zero_sums<C>(), zero_sums<C>()};
+  GradientSums<C, Two> of_channel[kChannelsTogether];
+  for (int64_t c = 0; c < channels; ++c) of_channel[c] = {zero_sums<C>(), zero_sums<C>(), zero_sums<C>()};
   for_planes<false>(a.shape, begin, end, [&](int64_t n, int64_t from, int64_t length) __attribute__((always_inline)) {
-    const int64_t plane = n * a.shape.channels + channel;
-    const int64_t at = plane * a.shape.positions + from;
-    const uint8_t* mask = K == KeepFrom::kMask ? a.mask + plane * a.shape.mask_bytes() + from / 8 : nullptr;
-    const T* g = a.grad_output + at;
-    const T* x = a.input + at;
-    const T* x2 = Two ? a.input2 + at : nullptr;
-    for_packs<kLanes>(length, [&](int64_t i, int first, int count) __attribute__((always_inline)) {
-      reduce_pack<T, K, Two>(g + i, x + i, x2 + i, mask, i, first, count, constants, group);
-    });
+    for (int64_t c = 0; c < channels; ++c) {
+      const ReduceConstants<C> constants = {
+          Uniform<C>::at(a.affine.mean, channel + c).value, Uniform<C>::at(a.affine.scale, channel + c).value,
+          Uniform<C>::at(a.affine.bias, channel + c).value, Uniform<C>::at(a.mean2, channel + c).value};
+      const int64_t plane = n * a.shape.channels + channel + c;
+      const int64_t at = plane * a.shape.positions + from;
+      const uint8_t* mask = K == KeepFrom::kMask ? a.mask + plane * a.shape.mask_bytes() + from / 8 : nullptr;
+      const T* g = a.grad_output + at;
+      const T* x = a.input + at;
+      const T* x2 = Two ? a.input2 + at : nullptr;
+      GradientSums<C, Two> group = of_channel[c];
+      for_packs<kLanes>(length, [&](int64_t i, int first, int count) __attribute__((always_inline)) {
+        reduce_pack<T, K, Two>(g + i, x + i, x2 + i, mask, i, first, count, constants, group);
+      });
+      of_channel[c] = group;
+    }
   });
-  sums[0] += total(group.grad);
-  sums[1] += total(group.product);
-  if (Two) sums[2] += total(group.product2);
+  for (int64_t c = 0; c < channels; ++c) {
+    sums[3 * c] += total(of_channel[c].grad);
+    sums[3 * c + 1] += total(of_channel[c].product);
+    if (Two) sums[3 * c + 2] += total(of_channel[c].product2);
+  }
 }
 
 template <typename T, KeepFrom K, bool Two, int kRows>
@@ -485,12 +500,14 @@ INLINE void backward_run(const BackwardArguments<T>& a, const BackwardConstants<
 }
 
 template <typename T, KeepFrom K, bool Two>
-void planes_backward_as(const BackwardArguments<T> a, int64_t channel, int64_t begin, int64_t end) {
-  const auto constants = BackwardConstants<Compute<T>, Uniform>::of(a, channel);
+void planes_backward_as(const BackwardArguments<T> a, int64_t channel, int64_t channels, int64_t begin, int64_t end) {
   for_planes<true>(a.shape, begin, end, [&](int64_t n, int64_t from, int64_t length) __attribute__((always_inline)) {
-    const int64_t plane = n * a.shape.channels + channel;
-    const uint8_t* mask = K == KeepFrom::kMask ? a.mask + plane * a.shape.mask_bytes() + from / 8 : nullptr;
-    backward_run<T, Uniform, K, Two>(a, constants, plane * a.shape.positions + from, mask, length);
+    for (int64_t c = channel; c < channel + channels; ++c) {
+      const auto constants = BackwardConstants<Compute<T>, Uniform>::of(a, c);
+      const int64_t plane = n * a.shape.channels + c;
+      const uint8_t* mask = K == KeepFrom::kMask ? a.mask + plane * a.shape.mask_bytes() + from / 8 : nullptr;
+      backward_run<T, Uniform, K, Two>(a, constants, plane * a.shape.positions + from, mask, length);
+    }
   });
   if (a.stream) stream_fence();
 }
@@ -521,8 +538,9 @@ void rows_backward_as(const BackwardArguments<T> a, int64_t begin, int64_t end) 
   }
 
 template <typename T>
-void planes_reduce(const BackwardArguments<T>& a, int64_t channel, int64_t begin, int64_t end, double* sums) {
-  RESNET_FUSED_BY_KEEP(planes_reduce_as, a, channel, begin, end, sums)
+void planes_reduce(const BackwardArguments<T>& a, int64_t channel, int64_t channels, int64_t begin, int64_t end,
+                   double* sums) {
+  RESNET_FUSED_BY_KEEP(planes_reduce_as, a, channel, channels, begin, end, sums)
 }
 
 template <typename T>
@@ -531,8 +549,8 @@ void rows_reduce(const BackwardArguments<T>& a, int64_t begin, int64_t end, doub
 }
 
 template <typename T>
-void planes_backward(const BackwardArguments<T>& a, int64_t channel, int64_t begin, int64_t end) {
-  RESNET_FUSED_BY_KEEP(planes_backward_as, a, channel, begin, end)
+void planes_backward(const BackwardArguments<T>& a, int64_t channel, int64_t channels, int64_t begin, int64_t end) {
+  RESNET_FUSED_BY_KEEP(planes_backward_as, a, channel, channels, begin, end)
 }
 
 template <typename T>

@@ -35,6 +35,21 @@ struct RowPieces {
   int64_t count = 1;
 };
 
+// How many channels of planes go through the kernels together. Planes of one channel lie C·S values apart, each on a page of its own
+// and, where that is a power of two, in the same sets of the cache. So small planes are taken some channels at a time, as long as their
+// values stay in the cache between the two passes.
+inline int64_t channels_together(const Shape& shape, int64_t value_bytes) {
+  constexpr int64_t kRunBytes = 8192, kCacheBytes = 131072;
+  const int64_t run = kRunBytes / (shape.positions * value_bytes), fit = kCacheBytes / (shape.count() * value_bytes);
+  return std::clamp<int64_t>(std::min(run, fit), 1, kChannelsTogether);
+}
+
+// f(channel, channels) for channels [begin, end), `together` at a time.
+template <typename F>
+void for_channels(int64_t begin, int64_t end, int64_t together, const F& f) {
+  for (int64_t c = begin; c < end; c += together) f(c, std::min(together, end - c));
+}
+
 // The values of a channel of planes in pieces: one, unless there are too few channels to keep the threads of a large machine busy.
 struct PlanePieces {
   explicit PlanePieces(const Shape& shape) : values(shape.count()) {
