@@ -33,7 +33,8 @@ from resnet_fused.doctor import serves
 from resnet_fused.measure import in_turn, median_ratio
 
 from . import device
-from .networks import Network
+from .networks import INFERENCE_VARIANTS, Network
+from .networks import VARIANTS as NETWORK_VARIANTS
 from .operator import LAYOUTS, VARIANTS, Case, Operator
 from .shapes import KINDS, Site, as_residual, sites
 
@@ -54,7 +55,7 @@ class Comparison:
         return median_ratio(self.samples[variant], self.samples[other]) if variant in self.samples else None
 
     def row(self) -> list:
-        """A line of the table."""
+        """A line of the operators' table."""
         medians = {name: statistics.median(times) for name, times in self.samples.items()}
         size = self.bytes.get("fused")
         return [
@@ -72,6 +73,10 @@ class Comparison:
 
 HEADERS = ("", "sites", "eager ms", "fused ms", "compile ms", "eager/fused", "compile/fused")
 HEADERS += ("eager MB", "fused MB", "fused GB/s", "rounds")
+FORMATS = ("", "", ".3f", ".3f", ".3f", ".2f", ".2f", ".1f", ".1f", ".1f", "")
+
+NETWORK_HEADERS = ("", "median ms", "of eager", "kept MB", "of eager", "peak MB", "of eager", "rounds")
+NETWORK_FORMATS = ("", ".1f", ".3f", ".1f", ".3f", ".1f", ".3f", "")
 
 
 def geometric_mean(values: list[float]) -> float:
@@ -107,8 +112,8 @@ def _operator(case: Case, count: int, backward: bool, options: argparse.Namespac
     return Comparison(str(case), dict(zip(options.variants, samples, strict=True)), count, sizes)
 
 
-def network(options: argparse.Namespace) -> Iterator[Comparison]:
-    """A training step, or a forward in inference, of ``--model``."""
+def network(options: argparse.Namespace) -> Comparison:
+    """A training step, or a forward in inference, of ``--model``; ``bytes`` has what is kept and the peak."""
     made = Network.named(
         options.model,
         options.batch,
@@ -118,10 +123,20 @@ def network(options: argparse.Namespace) -> Iterator[Comparison]:
         training=not options.inference,
     )
     made.check()
+    memory = {variant: made.memory(variant) for variant in options.variants}
     calls = [made.call(variant) for variant in options.variants]
     samples = in_turn(calls, options.seconds, options.minimum_rounds, options.rounds, clock=device.clock())
     name = f"{options.model} {options.batch}x3x{options.image_size}x{options.image_size}"
-    yield Comparison(name, dict(zip(options.variants, samples, strict=True)))
+    return Comparison(name, dict(zip(options.variants, samples, strict=True)), bytes=memory)
+
+
+def network_rows(comparison: Comparison) -> Iterator[list]:
+    """A line for each variant of a network."""
+    for variant, samples in comparison.samples.items():
+        row = [variant, 1e3 * statistics.median(samples), comparison.ratio(variant, "eager")]
+        for bytes_of, eager in zip(comparison.bytes[variant] or (), comparison.bytes["eager"] or (), strict=False):
+            row += [bytes_of / 1e6, bytes_of / eager]
+        yield [*row, *[None] * (len(NETWORK_HEADERS) - 1 - len(row)), len(samples)]
 
 
 def summary(comparisons: list[Comparison]) -> str:
@@ -176,7 +191,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--csv", help="write quantiles of every case and variant to this file")
     options = parser.parse_args(arguments)
     options.seconds = options.seconds or (60.0 if options.model else 4.0)
-    options.variants = VARIANTS if options.compile else VARIANTS[:2]
+    of_networks = INFERENCE_VARIANTS if options.inference else NETWORK_VARIANTS
+    options.variants = [v for v in (of_networks if options.model else VARIANTS) if options.compile or v != "compile"]
     return options
 
 
@@ -194,12 +210,15 @@ def main(arguments: list[str] | None = None) -> int:
         f"{device.name()}, {options.threads} threads, torch {torch.__version__}; {mode}, {options.layout}, "
         f"{options.dtype}; medians, alternatives in turn"
     )
-    chosen = host if options.host else network if options.model else operators
-    comparisons = list(chosen(options))
-    rows = [comparison.row() for comparison in comparisons]
-    formats = ("", "", ".3f", ".3f", ".3f", ".2f", ".2f", ".1f", ".1f", ".1f", "")
-    print(tabulate(rows, headers=HEADERS, tablefmt="simple", floatfmt=formats))
-    print(summary(comparisons))
+    if options.model:
+        comparisons = [network(options)]
+        print(comparisons[0].name)
+        print(tabulate(network_rows(comparisons[0]), NETWORK_HEADERS, tablefmt="simple", floatfmt=NETWORK_FORMATS))
+    else:
+        comparisons = list((host if options.host else operators)(options))
+        rows = [comparison.row() for comparison in comparisons]
+        print(tabulate(rows, HEADERS, tablefmt="simple", floatfmt=FORMATS))
+        print(summary(comparisons))
     if options.csv:
         write_csv(options.csv, comparisons, options)
     return 0

@@ -1,4 +1,4 @@
-"""Blocks and whole networks: fused beside eager and torch.compile, training and inference."""
+"""Blocks and whole networks: fused beside eager, activation checkpointing and torch.compile, training and inference."""
 
 import copy
 from collections.abc import Callable
@@ -6,14 +6,21 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.models import get_model
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from resnet_fused import fuse
+from resnet_fused.measure import LiveMemory
 
 from . import device
 from .check import assert_no_worse, assert_same_training_step
 from .operator import LAYOUTS
+
+# recompute: fused, with activations made again in the backward. checkpoint: eager, every block of it under
+# torch.utils.checkpoint, the usual way to keep less.
+VARIANTS = ("eager", "fused", "recompute", "checkpoint", "compile")
+INFERENCE_VARIANTS = ("eager", "fused", "compile")
 
 # (block, channels in, planes, stride, input size), at 224x224 images: the first block of a stage and a later one.
 BLOCKS = {
@@ -35,8 +42,27 @@ def block(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
     return nn.Sequential(kind(channels, planes, stride, downsample)), (channels, size, size)
 
 
+class Checkpointed(nn.Module):
+    """A block whose activations are dropped, and whose forward is run again in the backward."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The block's."""
+        return checkpoint(self.block, x, use_reentrant=False)
+
+
+def _checkpointed(model: nn.Module) -> nn.Module:
+    blocks = {name: module for name, module in model.named_modules() if isinstance(module, BasicBlock | Bottleneck)}
+    for name, module in blocks.items():
+        model.set_submodule(name, Checkpointed(module))
+    return model
+
+
 class Network:
-    """A model three times from the same weights, with a batch of random input."""
+    """A model once for each variant, from the same weights, with a batch of random input."""
 
     def __init__(
         self,
@@ -54,7 +80,13 @@ class Network:
         images = torch.randn(shape, generator=generator)
         self.images = images.to(device.chosen(), dtype, memory_format=self.memory_format)
         self.labels = torch.randint(10, shape[:1], generator=generator).to(device.chosen())
-        self.models = {"eager": model, "fused": fuse(copy.deepcopy(model)), "compile": copy.deepcopy(model)}
+        make = {
+            "fused": fuse,
+            "recompute": lambda copied: fuse(copied, recompute=True),
+            "checkpoint": _checkpointed,
+            "compile": lambda copied: copied,
+        }
+        self.models = {"eager": model, **{name: made(copy.deepcopy(model)) for name, made in make.items()}}
 
     @classmethod
     def named(cls, name: str, batch: int, image_size: int = 224, **options) -> "Network":
@@ -79,6 +111,22 @@ class Network:
             optimizer.step()
 
         return step
+
+    def memory(self, variant: str) -> tuple[int, int] | None:
+        """(bytes kept between forward and backward, peak of a step above what stands before it), tensors alone.
+
+        None in inference, and for torch.compile, whose allocations are not seen.
+        """
+        if not self.training or variant == "compile":
+            return None
+        model = self.models[variant]
+        with LiveMemory(*model.parameters(), *model.buffers(), self.images, self.labels) as live:
+            before = live.bytes
+            loss = _loss(model(self.images), self.labels)
+            kept = live.bytes - before
+            loss.backward()
+        model.zero_grad(set_to_none=True)
+        return kept, live.peak - before
 
     def check(self, images: int = 2) -> None:
         """Holds the fused model against float64, on a few images; the models themselves stay as they are.

@@ -5,8 +5,8 @@ import functools
 import pytest
 import torch
 
-from .networks import BLOCKS, Network, block
-from .operator import LAYOUTS, VARIANTS
+from .networks import BLOCKS, VARIANTS, Network, block
+from .operator import LAYOUTS
 
 
 @functools.lru_cache(maxsize=1)
@@ -19,13 +19,13 @@ def _network(name: str, layout: str, batch: int) -> Network:
 
 
 def pytest_generate_tests(metafunc):
-    """The short profile has the identity blocks in one layout each, and compiles none."""
+    """The short profile has the identity blocks in one layout each, and leaves out what is slow."""
     if metafunc.config.getoption("full"):
         cases = [(name, layout, batch) for name in BLOCKS for layout in LAYOUTS for batch in (8, 32)]
         variants = VARIANTS
     else:
         cases = [("BasicBlock 64", "nchw", 8), ("Bottleneck 512, projection", "channels_last", 8)]
-        variants = ("eager", "fused")
+        variants = ("eager", "fused", "recompute")
     parameters = [pytest.param(case, variant) for case in cases for variant in variants]
     ids = [f"{name}-{layout}-{batch}-{variant}" for name, layout, batch in cases for variant in variants]
     metafunc.parametrize(("case", "variant"), parameters, ids=ids)

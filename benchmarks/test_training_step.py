@@ -2,8 +2,8 @@
 
 import functools
 
-from .networks import Network
-from .operator import LAYOUTS, VARIANTS
+from .networks import VARIANTS, Network
+from .operator import LAYOUTS
 
 
 @functools.lru_cache(maxsize=1)
@@ -19,7 +19,7 @@ def pytest_generate_tests(metafunc):
         cases = [(name, 8, 224, layout) for name in ("resnet18", "resnet50") for layout in LAYOUTS]
         variants = VARIANTS
     else:
-        cases, variants = [("resnet18", 8, 128, layout) for layout in LAYOUTS], ("eager", "fused")
+        cases, variants = [("resnet18", 8, 128, layout) for layout in LAYOUTS], ("eager", "fused", "recompute")
     pairs = [(case, variant) for case in cases for variant in variants]
     ids = ["-".join(map(str, (*case, variant))) for case, variant in pairs]
     metafunc.parametrize(("case", "variant"), pairs, ids=ids)
