@@ -65,7 +65,7 @@ def test_asking_for_compiled_where_it_cannot_run_says_why():
 
 def test_unknown_backend():
     with (
-        pytest.raises(ValueError, match="must be one of auto, compiled, reference, got 'fast'"),
+        pytest.raises(ValueError, match="must be one of auto, compiled, triton, reference, got 'fast'"),
         backend.backend("fast"),
     ):
         pass
@@ -93,7 +93,7 @@ def test_environment(value, expected):
 def test_environment_with_an_unknown_backend():
     status, message = _imported("fast")
     assert status != 0
-    assert "RESNET_FUSED_BACKEND must be one of auto, compiled, reference, got 'fast'" in message
+    assert "RESNET_FUSED_BACKEND must be one of auto, compiled, triton, reference, got 'fast'" in message
 
 
 def _imported(value):

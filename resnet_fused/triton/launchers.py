@@ -1,8 +1,8 @@
 """The operators on the host: functions with the signatures of ``csrc/ops.cpp`` that check, allocate and launch.
 
 Training is a pass for the statistics and one that normalizes, its backward a pass that reduces and one that applies.
-The second pass adds up the sums of the first; where a channel has very many of them a small launch does that between the
-two. Where no second pass follows, a small launch finishes the sums.
+The second pass adds up the sums of the first; where a channel has very many of them a small launch does that between
+the two. Where no second pass follows, a small launch finishes the sums.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ def _on(input: Tensor):
     return contextlib.nullcontext()
 
 
-# Tensors ---------------------------------------------------------------------------------------------------------------
+# Tensors.
 
 
 def _problem(input: Tensor) -> Problem:
@@ -149,12 +149,15 @@ def _merged(partials: Tensor) -> Tensor:
     width = sums * channels
     arguments = {"partials": partials, "merged": merged, "splits": splits, "width": width}
     _launch(
-        kernels.batch_norm_merge_kernel, (triton.cdiv(width, 16), branches), 4, arguments | {"COLUMNS": 16, "SPLITS": 64}
+        kernels.batch_norm_merge_kernel,
+        (triton.cdiv(width, 16), branches),
+        4,
+        arguments | {"COLUMNS": 16, "SPLITS": 64},
     )
     return merged
 
 
-# Forward passes --------------------------------------------------------------------------------------------------------
+# Forward passes.
 
 
 def _statistics_pass(problem: Problem, *inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -230,7 +233,9 @@ def _forward_pass(
     return output, mask
 
 
-def _train(branches: tuple[_Branch, ...], residual: Tensor | None, relu: bool, save_mask: bool) -> tuple[Tensor, Tensor]:
+def _train(
+    branches: tuple[_Branch, ...], residual: Tensor | None, relu: bool, save_mask: bool
+) -> tuple[Tensor, Tensor]:
     """Output and mask; the branches get their statistics."""
     x = branches[0].input
     for branch in branches:
@@ -258,7 +263,7 @@ def _apply(first: _Branch, second: _Branch | None, residual: Tensor | None, relu
         return _forward_pass(_problem(first.input), first, second, residual, relu, save_mask)
 
 
-# Checks that the forward operators share -------------------------------------------------------------------------------
+# Checks that the forward operators share.
 
 
 def _check_one_dtype(*vectors: Tensor | None) -> None:
@@ -294,7 +299,7 @@ def _check_vectors(input, **vectors):
         checks.per_channel(vector, name, input)
 
 
-# Forward operators -----------------------------------------------------------------------------------------------------
+# Forward operators.
 
 
 def batch_norm_add_relu_train(input, weight, bias, residual, eps, relu, save_mask):
@@ -359,9 +364,7 @@ def batch_norm_add_relu_eval(input, weight, bias, residual, running_mean, runnin
     checks.batch_norm(input, weight, bias, residual)
     _check_vectors(input, running_mean=running_mean, running_var=running_var)
     _check_one_dtype(weight, bias, running_mean, running_var)
-    return _apply(
-        _Branch(input, weight, bias, running_mean, running_var, eps=eps), None, residual, relu, save_mask
-    )
+    return _apply(_Branch(input, weight, bias, running_mean, running_var, eps=eps), None, residual, relu, save_mask)
 
 
 def dual_batch_norm_add_relu_eval(
@@ -421,7 +424,7 @@ def batch_norm_statistics(input):
     return mean, var
 
 
-# Backward passes -------------------------------------------------------------------------------------------------------
+# Backward passes.
 
 
 class _Backward:
@@ -593,7 +596,7 @@ def _check_backward(grad_output, input, weight, bias, mean, spread):
     checks.per_channel(spread, "invstd or running_var", input)
 
 
-# Backward operators ----------------------------------------------------------------------------------------------------
+# Backward operators.
 
 
 def _backward_of_one(run, call, weight, bias, needs):
@@ -706,7 +709,7 @@ def batch_norm_add_relu_backward_apply(
     return results
 
 
-# Addition and running statistics ---------------------------------------------------------------------------------------
+# Addition and running statistics.
 
 
 def _block(tensor: Tensor) -> tuple[dict, tuple[int]]:

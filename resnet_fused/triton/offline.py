@@ -51,9 +51,7 @@ class Launch:
         return [self.arguments[name] for name, kind in self._signature().items() if kind != "constexpr"]
 
     def _signature(self) -> dict[str, str]:
-        return {
-            p.name: _type(self.arguments[p.name], p.annotation_type, p.is_constexpr) for p in self.kernel.params
-        }
+        return {p.name: _type(self.arguments[p.name], p.annotation_type, p.is_constexpr) for p in self.kernel.params}
 
     def source(self) -> ASTSource:
         """What Triton compiles: types, constants, and what 16 divides."""
