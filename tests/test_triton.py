@@ -317,6 +317,8 @@ def test_compiled_graphs_have_the_kernels(device):
         targets = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
         assert sum("triton_kernel_wrapper" in target for target in targets) == 2
         assert not [target for target in targets if "add_relu_train" in target]
+        # Inductor fills what empty_like makes: a pass over the tensor for nothing.
+        assert not [target for target in targets if "empty_like" in target]
 
 
 @ptx_only

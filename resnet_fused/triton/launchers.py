@@ -69,7 +69,15 @@ def _problem(input: Tensor) -> Problem:
 
 
 def _like(input: Tensor) -> Tensor:
-    return torch.empty_like(input, memory_format=layout.suggest_memory_format(input))
+    """A new tensor without gaps. Not by empty_like, which Inductor takes for a tensor to be filled."""
+    innermost_first = list(range(input.dim()))[::-1]
+    if layout.suggest_memory_format(input) != torch.contiguous_format:
+        innermost_first.insert(0, innermost_first.pop(-2))
+    strides, step = [0] * input.dim(), 1
+    for d in innermost_first:
+        strides[d] = step
+        step *= max(input.shape[d], 1)
+    return input.new_empty_strided(input.shape, strides)
 
 
 def _statistic(input: Tensor) -> Tensor:
@@ -247,8 +255,8 @@ def _train(
             branch.mean, branch.var, branch.invstd = (_statistic(x) for _ in range(3))
         if problem.channels:
             partials, shifts = _statistics_pass(problem, *(branch.input for branch in branches))
-            for i, branch in enumerate(branches):
-                branch.partials, branch.shifts = partials[i], shifts[i]
+            for branch, of_branch, shift in zip(branches, partials.unbind(0), shifts.unbind(0), strict=True):
+                branch.partials, branch.shifts = of_branch, shift
         second = branches[1] if len(branches) == 2 else None
         return _forward_pass(problem, branches[0], second, residual, relu, save_mask)
 
