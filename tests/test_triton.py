@@ -429,6 +429,37 @@ def test_machine_code_has_wide_accesses_and_no_spills(target):
     assert all(line["registers"] <= 255 for line in lines)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_offsets_are_of_64_bits(layout, device, monkeypatch):
+    """Of every access to a tile of a tensor or of the mask."""
+    from resnet_fused.triton import launchers, offline
+
+    if triton_kernels.is_interpreted():
+        pytest.skip("the interpreter compiles nothing")
+    case = oracle.make_case((4, 64, 8, 8), torch.bfloat16, "cpu", layout=layout)
+    a, found = case.branches[0], []
+    with offline.intercepted(found.append, H100):
+        _, mean, _, invstd, mask = launchers.batch_norm_add_relu_train(
+            a.input, None, None, case.residual, 1e-5, True, True
+        )
+        launchers.batch_norm_add_relu_train_backward(
+            case.grad_output, a.input, None, None, mean, invstd, mask, True, True, True, True, True
+        )
+        _, mask = launchers.add_relu(a.input, case.residual, True)
+        launchers.add_relu_backward(case.grad_output, mask)
+    seen = 0
+    for launch in found:
+        text = offline.compiled(launch, offline.TARGETS["8.0"]).asm["ttir"]
+        # Tiles are blocks of two axes, or of many elements.
+        for shape, pointee, offset in re.findall(
+            r"tt\.addptr .* : tensor<([\dx]+)x!tt\.ptr<(\w+)>>, tensor<[\dx]+x(i\d+)>", text
+        ):
+            if pointee in ("bf16", "i8") and ("x" in shape or int(shape) > 512):
+                assert offset == "i64", launch.name
+                seen += 1
+    assert seen >= 12
+
+
 def test_a_spill_in_an_innermost_loop_is_told_from_one_around_it():
     sys.path.insert(0, str(ROOT / "tools"))
     try:
