@@ -63,6 +63,7 @@ help:
 	@echo "make audit   torch-abi-audit on the libraries"
 	@echo "make emulated       the CUDA library for CPU tensors under the emulator, in build/emulated"
 	@echo "make test-emulated  the operators' tests on it, with its checks of memory, races and initialisation"
+	@echo "make test-triton    a sample of the operators' tests on the Triton kernels, interpreted and compiled"
 	@echo "make traffic        bytes that each CUDA operator moves, counted by the emulator, as JSON"
 	@echo "make static         registers, spills, shared memory and widest access of each CUDA kernel"
 	@echo "make test-triton    the operators' tests on the Triton kernels, interpreted and from their PTX under the emulator"
@@ -134,6 +135,11 @@ test-emulated: $(BUILT)
 	$(EMULATE) $(BIN)/python -m pytest -n 2 --backend emulated $(EMULATED_TESTS) $(ARGS)
 	$(if $(HAVE_EMULATOR),for order in $(ORDERS); do CUDA_ON_CPU_SEED=$$order \
 	  $(EMULATE) $(BIN)/python -m pytest -n 2 -q -r f --backend emulated --sample $$order/5 $(ORDERED_TESTS) $(ARGS); done)
+
+test-triton: $(BUILT)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --backend triton --sample $(TRITON_SAMPLE) $(TRITON_TESTS) $(ARGS)
+	$(if $(HAVE_EMULATOR),PYTHONPATH=$(dir $(EMULATOR)) OMP_NUM_THREADS=1 \
+	  $(BIN)/python -m pytest -n 2 --backend ptx --sample $(PTX_SAMPLE) $(TRITON_TESTS) $(ARGS))
 
 traffic: emulated
 	$(subst THREADS=1,THREADS=$(shell nproc),$(EMULATE)) $(BIN)/python tools/traffic.py $(ARGS)

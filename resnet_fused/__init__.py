@@ -4,6 +4,7 @@ from . import functional, ops
 from .conversion import FusionReport, fuse, fusion_report, unfuse
 from .modules import BatchNormAddReLU2d, FusedBottleneck, FusedResidualBlock
 from .ops.backend import backend
+from .ops.recomputation import recompute
 
 __version__ = "0.1.0"
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "fuse",
     "fusion_report",
     "ops",
+    "recompute",
     "unfuse",
 ]

@@ -1,7 +1,8 @@
-"""``python -m resnet_fused doctor | report MODEL | demo``."""
+"""``python -m resnet_fused doctor | report MODEL | memory MODEL | demo``."""
 
 import argparse
 import json
+import os
 import sys
 
 from . import __version__
@@ -14,7 +15,13 @@ def main(arguments: list[str] | None = None) -> int:
         The exit code: 0, 1 where the doctor finds no fused kernels for the CPU, 2 for a wrong argument.
     """
     options = _parser().parse_args(arguments)
-    return options.command(options)
+    try:
+        code = options.command(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has read enough, as `head` does; nor may Python write more as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -34,6 +41,21 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("model", metavar="MODEL", help="a torchvision model such as resnet50, or module:callable")
     report.set_defaults(command=_report)
 
+    text = "Predict the memory of a training step, eager, fused and with recomputation, with no GPU and no data."
+    memory = commands.add_parser("memory", help=text, description=text)
+    memory.add_argument("model", metavar="MODEL", help="a torchvision model such as resnet50, or module:callable")
+    memory.add_argument("--batch-size", type=_several, default=32, help="images a step (default: %(default)s)")
+    memory.add_argument("--image-size", type=_positive, default=224, help="side in pixels (default: %(default)s)")
+    dtypes = ("float32", "bf16", "bfloat16", "float16")
+    memory.add_argument("--dtype", choices=dtypes, default="float32", help="of model and images (default: %(default)s)")
+    memory.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where it would run; none is used")
+    memory.add_argument("--memory", type=_bytes, help="find the largest batch that fits into this, such as 24GB")
+    memory.add_argument("--contiguous", action="store_true", help="NCHW weights and images, not channels_last")
+    memory.add_argument(
+        "--output", default="memory.png", help="where the plot goes; '' for none (default: %(default)s)"
+    )
+    memory.set_defaults(command=_memory)
+
     text = "Train a torchvision ResNet eager and fused, in turn, on scikit-learn's digits, and compare the two."
     demo = commands.add_parser("demo", help=text, description=text)
     demo.add_argument("--model", default="resnet18", help="a torchvision ResNet (default: %(default)s)")
@@ -49,10 +71,25 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _several(text: str) -> int:
+    value = _positive(text)
+    if value < 2:
+        raise argparse.ArgumentTypeError("must be at least 2: a BatchNorm over single positions takes no less")
     return value
+
+
+def _bytes(text: str) -> int:
+    from .memory import bytes_of
+
+    try:
+        return bytes_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -70,6 +107,29 @@ def _report(options: argparse.Namespace) -> int:
         print(report.report(options.model))
     except report.ModelError as error:
         return _refuse(error)
+    return 0
+
+
+def _memory(options: argparse.Namespace) -> int:
+    from . import memory
+    from .report import ModelError
+
+    settings = memory.Settings(
+        model=options.model,
+        batch_size=options.batch_size,
+        dtype=options.dtype,
+        device=options.device,
+        image_size=options.image_size,
+        channels_last=not options.contiguous,
+        memory=options.memory,
+        output=options.output,
+    )
+    try:
+        memory.run(settings)
+    except ModelError as error:
+        return _refuse(error)
+    except ModuleNotFoundError as error:
+        return _refuse(f"the plot needs {error.name}: install it, or give --output ''.")
     return 0
 
 

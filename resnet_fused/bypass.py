@@ -1,9 +1,9 @@
 """Whether a fused operator may stand for the calls of some modules, or whether somebody would notice.
 
 A fused forward computes what BatchNorm, ReLU and shortcut would have computed without calling them. That is right only
-while nothing hangs on the calls themselves: hooks, a forward replaced on the instance, another class put in place. Each
-forward asks again, so what comes later is honoured too. The checks read dictionaries: well below a microsecond a
-module, and torch.compile guards on them.
+while nothing hangs on the calls themselves: hooks, a forward replaced on the instance or on torch's class, a module of
+another class. Each forward asks again, so what comes later is honoured too. The checks read dictionaries: well below a
+microsecond a module, and torch.compile guards on them.
 """
 
 import torch
@@ -21,6 +21,8 @@ _HOOKS = {
     "_backward_hooks": "has a backward hook",
     "_backward_pre_hooks": "has a backward pre-hook",
 }
+# What a fused operator computes; somebody may put another in place, on the class or on a base of it.
+_FORWARDS = {kind: kind.forward for kind in (nn.BatchNorm2d, nn.ReLU, nn.Sequential, nn.MaxPool2d)}
 
 
 def why_watched(input) -> str | None:
@@ -48,6 +50,9 @@ def why_not(module: nn.Module, kind: type[nn.Module]) -> str | None:
         return next(reason for name, reason in _HOOKS.items() if members[name])
     if "forward" in members:
         return "has a forward replaced on the instance"
+    forward = _FORWARDS.get(kind)
+    if forward is not None and kind.forward is not forward:
+        return f"is of {kind.__name__}, whose forward was replaced"
     return None
 
 

@@ -1,13 +1,17 @@
 """Functional forms of the fused operators, in the manner of :mod:`torch.nn.functional`."""
 
+import sys
+
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor
 
 from .ops import autograd, backend, checks
 
 _OPS = torch.ops.resnet_fused
 _NUMBERS = (int, float, torch.SymFloat)
+_CHECKPOINT = torch.utils.checkpoint.CheckpointFunction.backward.__code__.co_filename
 
 
 def batch_norm_add_relu(
@@ -38,14 +42,16 @@ def batch_norm_add_relu(
 
     Raises:
         ValueError: one value a channel where ``training``, or an ``eps`` that torch refuses.
-        TypeError: an argument that is no tensor or no number.
+        TypeError, AttributeError: an argument that is no tensor or no number, as from ``F.batch_norm``.
         RuntimeError: shapes, dtypes or devices that do not fit (NotImplementedError, its subclass, for a dtype that
             torch has no kernels for).
 
         Nothing has been written then.
     """
     branch = (input, weight, bias, running_mean, running_var)
-    if _eligible(input, residual, running_mean, running_var, training, momentum, eps):
+    if _eligible(input, residual, running_mean, running_var, training, momentum, eps) and (
+        not torch.compiler.is_compiling() or _fit_a_graph(training, branch)
+    ):
         try:
             save = torch.is_grad_enabled() and _requires_grad(input, weight, bias, residual)
             if not training:
@@ -102,8 +108,10 @@ def dual_batch_norm_add_relu(
     """
     branch = (input, weight, bias, running_mean, running_var)
     branch2 = (input2, weight2, bias2, running_mean2, running_var2)
-    if _eligible(input, input2, running_mean, running_var, training, momentum, eps) and _eligible(
-        input2, None, running_mean2, running_var2, training, momentum2, eps2
+    if (
+        _eligible(input, input2, running_mean, running_var, training, momentum, eps)
+        and _eligible(input2, None, running_mean2, running_var2, training, momentum2, eps2)
+        and (not torch.compiler.is_compiling() or _fit_a_graph(training, branch, branch2))
     ):
         try:
             save = torch.is_grad_enabled() and (
@@ -120,14 +128,21 @@ def dual_batch_norm_add_relu(
                 raise
     if training:
         F._verify_batch_size(input.size())
-    _check_residual(input2, "input2", input, relu)
-    # All of the first branch is checked before the second writes its running statistics.
-    checks.unfused_batch_norm(input2, running_mean2, running_var2, weight2, bias2, suffix="2")
-    checks.unfused_batch_norm(input, running_mean, running_var, weight, bias)
+    check_branches(branch, branch2, relu)
     checks.unfused_batch_norm_options(running_mean, running_var, weight, bias, training, momentum, eps)
     running_mean2, running_var2 = _updated_once(training, running_mean2, running_var2)
     shortcut = F.batch_norm(input2, running_mean2, running_var2, weight2, bias2, training, momentum2, eps2)
     return batch_norm_add_relu(input, running_mean, running_var, weight, bias, shortcut, training, momentum, eps, relu)
+
+
+def check_branches(branch: tuple, branch2: tuple, relu: bool) -> None:
+    """Refuses what either of two branches would, before the one that runs first writes its running statistics.
+
+    A branch: input, weight, bias, running mean and running variance.
+    """
+    _check_residual(branch2[0], "input2", branch[0], relu)
+    for (input, weight, bias, running_mean, running_var), suffix in ((branch2, "2"), (branch, "")):
+        checks.unfused_batch_norm(input, running_mean, running_var, weight, bias, suffix=suffix)
 
 
 def add_relu(input: Tensor, residual: Tensor) -> Tensor:
@@ -138,9 +153,11 @@ def add_relu(input: Tensor, residual: Tensor) -> Tensor:
         residual: a tensor of the shape of ``input``; it is not broadcast.
 
     Raises:
-        TypeError: ``residual`` is no tensor.
+        TypeError: ``input`` or ``residual`` is no tensor.
         RuntimeError: shapes or devices that do not fit.
     """
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
     _check_residual(residual, "residual", input, True)
     if input.dtype != residual.dtype or not backend.is_fused(input):
         return _add_relu_unfused(input, residual, True)
@@ -148,12 +165,38 @@ def add_relu(input: Tensor, residual: Tensor) -> Tensor:
     return _call("add_relu", save, (input, residual, save))
 
 
-def in_recomputation() -> bool:
-    """Whether this forward runs inside a backward, as activation checkpointing does to make activations again.
+def max_pool2d(input: Tensor, kernel_size, stride=None, padding=0, dilation=1, ceil_mode: bool = False) -> Tensor:
+    """:func:`torch.nn.functional.max_pool2d` that keeps no indices: its backward looks for the maxima again.
 
-    Running statistics must not be updated there: the batch has been counted when the forward ran first.
+    The gradient is torch's, ties included. What it keeps is its input, and inside :class:`resnet_fused.recompute` not
+    even that where a fused operator made it.
     """
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    arguments = (kernel_size, stride, padding, dilation, ceil_mode)
+    if (
+        torch.compiler.is_compiling()
+        or not torch.is_grad_enabled()
+        or not isinstance(input, Tensor)
+        or not input.requires_grad
+        or not backend.is_fused(input)
+    ):
+        return F.max_pool2d(input, *arguments)
+    return autograd.MaxPool2d.apply(input, arguments)
+
+
+def in_recomputation() -> bool:
+    """Whether ``torch.utils.checkpoint`` runs this forward, inside a backward, to make activations again.
+
+    Running statistics must not be updated there: the batch has been counted when the forward ran first. Any other
+    forward inside a backward, of a hook or of a network trained there, counts.
+    """
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        return False
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename == _CHECKPOINT:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _call(name: str, save: bool, arguments: tuple) -> Tensor:
@@ -175,7 +218,7 @@ def _call_training(name: str, save: bool, tensors: tuple, settings: tuple, runni
             mean, var, momentum = running[i : i + 3]
             _OPS.update_running_stats.default(mean, var, *statistics[i : i + 2], momentum, count)
         return output
-    if torch._C._current_graph_task_id() != -1:  # in_recomputation(), when nothing compiles
+    if torch._C._current_graph_task_id() != -1 and in_recomputation():
         running = tuple(None if isinstance(value, Tensor) else value for value in running)
     if save:
         return autograd.FUNCTIONS_WITH_UPDATE[name].apply(*tensors, (*settings, *running))
@@ -231,6 +274,15 @@ def _eligible(input, residual, running_mean, running_var, training: bool, moment
     if not isinstance(running_mean, Tensor) or not isinstance(running_var, Tensor):
         return running_mean is None and running_var is None and training
     return not ((running_mean.requires_grad or running_var.requires_grad) and torch.is_grad_enabled())
+
+
+def _fit_a_graph(training: bool, *branches: tuple) -> bool:
+    """Whether the fused operators take a call that is being compiled.
+
+    They refuse as the graph runs, or never, what they would refuse at once in eager: a graph has the update of running
+    statistics in an operator of its own, which does not know the input.
+    """
+    return all(_vectors_fit(*branch) and not _is_single_value(branch[0], training) for branch in branches)
 
 
 def _vectors_fit(input: Tensor, *vectors: Tensor | None) -> bool:

@@ -5,10 +5,13 @@ import gc
 import platform
 import statistics
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 class SavedActivations:
@@ -27,17 +30,17 @@ class SavedActivations:
         self._excluded = set()
         if model is not None:
             tensors = (*model.parameters(), *model.buffers())
-            self._excluded = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+            self._excluded = {tensor.untyped_storage()._cdata for tensor in tensors}
         self._storages: dict[int, torch.UntypedStorage] = {}
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
         self.bytes = 0
 
     def _pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._excluded:
+        if storage._cdata not in self._excluded:  # not by the address of its data, which a fake tensor does not have
             # The storage itself is held, lest its address be given out again before all is counted.
-            self._storages[storage.data_ptr()] = storage
-        return tensor
+            self._storages[storage._cdata] = storage
+        return tensor.detach()  # a node that saves its own output would keep itself
 
     def __enter__(self) -> "SavedActivations":
         self._hooks.__enter__()
@@ -47,6 +50,57 @@ class SavedActivations:
         self._hooks.__exit__(*exception)
         self.bytes = sum(storage.nbytes() for storage in self._storages.values())
         self._storages.clear()
+
+
+class LiveMemory(TorchDispatchMode):
+    """Bytes of tensors alive, followed operator by operator: those of ``held`` and all that is made inside.
+
+    Every storage counts once, from the operator that made it until it is freed. What an operator takes and gives back
+    while it runs, the workspace of a convolution say, is not seen. Works with fake tensors too.
+
+    Attributes:
+        bytes: alive now.
+        peak: the most that there was.
+        curve: how many there were after each operator that made or freed something.
+
+    Example:
+        >>> with LiveMemory(*model.parameters(), *model.buffers()) as memory:
+        ...     model(images).sum().backward()
+        >>> memory.peak
+    """
+
+    def __init__(self, *held: Tensor):
+        super().__init__()
+        self.bytes = self.peak = 0
+        self.curve: list[int] = []
+        self._storages: dict[int, weakref.ref] = {}
+        for tensor in held:
+            self._add(tensor)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor):
+                self._add(value)
+        if not self.curve or self.curve[-1] != self.bytes:
+            self.curve.append(self.bytes)
+        return result
+
+    def _add(self, tensor: Tensor) -> None:
+        if tensor.layout is not torch.strided:
+            return
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._storages or size == 0:
+            return
+
+        def freed(_):
+            del self._storages[key]
+            self.bytes -= size
+
+        self._storages[key] = weakref.ref(storage, freed)
+        self.bytes += size
+        self.peak = max(self.peak, self.bytes)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import bypass, functional
+from .ops.recomputation import recompute
 
 
 def batch_norm_add_relu(bn: nn.BatchNorm2d, input: Tensor, residual: Tensor | None = None, relu: bool = True) -> Tensor:
@@ -51,10 +52,17 @@ def dual_batch_norm_add_relu(
     Raises:
         ValueError, RuntimeError: as :func:`batch_norm_add_relu`.
     """
+    joined = can_join(bn, bn2)
+    if not joined:
+        for module, value in ((bn, input), (bn2, input2)):
+            module._check_input_dim(value)
+            if _uses_batch_statistics(module):
+                F._verify_batch_size(value.size())
+        functional.check_branches(_branch(bn, input), _branch(bn2, input2), relu)
     if bn is bn2:
         # Its running statistics see the main branch first, as they would unfused.
         return batch_norm_add_relu(bn2, input2, batch_norm_add_relu(bn, input, relu=False), relu)
-    if not can_join(bn, bn2):
+    if not joined:
         return batch_norm_add_relu(bn, input, batch_norm_add_relu(bn2, input2, relu=False), relu)
     bn._check_input_dim(input)
     bn2._check_input_dim(input2)
@@ -82,6 +90,10 @@ def dual_batch_norm_add_relu(
 def can_join(bn: nn.BatchNorm2d, bn2: nn.BatchNorm2d) -> bool:
     """Whether one operator serves both: two modules in the same mode, with parameters of the same dtype."""
     return bn is not bn2 and _uses_batch_statistics(bn) == _uses_batch_statistics(bn2) and _dtype(bn) == _dtype(bn2)
+
+
+def _branch(bn: nn.BatchNorm2d, input: Tensor) -> tuple:
+    return input, bn.weight, bn.bias, bn.running_mean, bn.running_var
 
 
 def _uses_batch_statistics(bn: nn.BatchNorm2d) -> bool:
@@ -199,6 +211,22 @@ def _conv(
 class _Block(nn.Module):
     """What both blocks share: the shortcut, and the end of the block in the order of the paper."""
 
+    recompute = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The block's result; raises what its convolutions and :func:`batch_norm_add_relu` raise."""
+        if not self.recompute:
+            return self._forward(x)
+        with recompute():
+            return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """What is not as by default."""
+        return "recompute=True" if self.recompute else ""
+
     def _make_shortcut(self, in_channels: int, out_channels: int, stride: int, **factory) -> nn.Sequential:
         if stride == 1 and in_channels == out_channels:
             return nn.Sequential()
@@ -229,6 +257,8 @@ class FusedResidualBlock(_Block):
             shapes of the state_dict are the same in both orders, so choose the order that the weights were trained
             with.
         zero_init_residual: start with a bn2 of zero weight, so that the block starts as relu(shortcut(x)).
+        recompute: whether activations are made again in backward (:class:`resnet_fused.recompute`); an attribute that
+            may be changed at any time.
 
     Shape:
         (N, in_channels, H, W) to (N, out_channels, ceil(H / stride), ceil(W / stride)); memory format as the
@@ -245,10 +275,12 @@ class FusedResidualBlock(_Block):
         *,
         bn2_before_conv2: bool = False,
         zero_init_residual: bool = False,
+        recompute: bool = False,
         device=None,
         dtype=None,
     ):
         super().__init__()
+        self.recompute = recompute
         factory = {"device": device, "dtype": dtype}
         self.bn2_before_conv2 = bn2_before_conv2
         self.conv1 = _conv(in_channels, out_channels, 3, stride, **factory)
@@ -260,8 +292,7 @@ class FusedResidualBlock(_Block):
         if zero_init_residual:
             nn.init.zeros_(self.bn2.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The block's result; raises what its convolutions and :func:`batch_norm_add_relu` raise."""
+    def _forward(self, x: Tensor) -> Tensor:
         out = _normalize(self.bn1, self.conv1(x))
         if not self.bn2_before_conv2:
             return self._end(self.bn2, self.conv2(out), x)
@@ -271,8 +302,9 @@ class FusedResidualBlock(_Block):
         return batch_norm_add_relu(self.shortcut[-1], bypass.before_last(self.shortcut, x), out)
 
     def extra_repr(self) -> str:
-        """The order, where it is not that of the paper."""
-        return "bn2_before_conv2=True" if self.bn2_before_conv2 else ""
+        """The order, where it is not that of the paper, and recomputation."""
+        order = "bn2_before_conv2=True" if self.bn2_before_conv2 else ""
+        return ", ".join(filter(None, (order, super().extra_repr())))
 
 
 class FusedBottleneck(_Block):
@@ -291,6 +323,8 @@ class FusedBottleneck(_Block):
         base_width: channels of a group for every 64 of ``channels`` (ResNeXt, Wide ResNet).
         dilation: of conv2.
         zero_init_residual: start with a bn3 of zero weight, so that the block starts as relu(shortcut(x)).
+        recompute: whether activations are made again in backward (:class:`resnet_fused.recompute`); an attribute that
+            may be changed at any time.
 
     Shape:
         (N, in_channels, H, W) to (N, 4 channels, ceil(H / stride), ceil(W / stride)).
@@ -308,10 +342,12 @@ class FusedBottleneck(_Block):
         dilation: int = 1,
         *,
         zero_init_residual: bool = False,
+        recompute: bool = False,
         device=None,
         dtype=None,
     ):
         super().__init__()
+        self.recompute = recompute
         factory = {"device": device, "dtype": dtype}
         width = int(channels * (base_width / 64.0)) * groups
         out_channels = channels * self.expansion
@@ -325,8 +361,7 @@ class FusedBottleneck(_Block):
         if zero_init_residual:
             nn.init.zeros_(self.bn3.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The block's result; raises what its convolutions and :func:`batch_norm_add_relu` raise."""
+    def _forward(self, x: Tensor) -> Tensor:
         out = _normalize(self.bn1, self.conv1(x))
         out = _normalize(self.bn2, self.conv2(out))
         return self._end(self.bn3, self.conv3(out), x)

@@ -101,6 +101,13 @@ def device(backend_name) -> torch.device:
 
 
 @pytest.fixture(autouse=True)
+def _nothing_is_compiled_yet():
+    """Forgets what earlier tests compiled: Dynamo counts how often it compiled a function, over all models."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
 

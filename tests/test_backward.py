@@ -342,7 +342,7 @@ def test_gradient_of_an_output_that_nobody_uses(device):
 
 @pytest.mark.parametrize("dual", [False, True], ids=["one branch", "two branches"])
 def test_running_statistics_changed_before_the_backward(dual, device):
-    """An evaluation's backward needs the running statistics it saved: training in between has to make it raise."""
+    """Training between an evaluation and its backward leaves the gradient that of the evaluation, as it ran."""
     x, x2 = (torch.randn(2, 8, 3, 3, device=device, requires_grad=True) for _ in range(2))
     weight = torch.ones(8, device=device, requires_grad=True)
     running = torch.zeros(8, device=device), torch.ones(8, device=device)
@@ -352,7 +352,45 @@ def test_running_statistics_changed_before_the_backward(dual, device):
             return functional.dual_batch_norm_add_relu(x, *running, weight, None, x2, *running, weight, None, training)
         return functional.batch_norm_add_relu(x, *running, weight, None, None, training)
 
+    undisturbed = torch.autograd.grad(forward(False).sum(), (x, weight))
     evaluated = forward(False)
     forward(True)
+    assert float(running[0].abs().sum()) > 0
+    for got, expected in zip(torch.autograd.grad(evaluated.sum(), (x, weight)), undisturbed, strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_bias_stepped_between_two_backwards(training, device):
+    """torch saves no bias either: the mask of the ReLU stays that of the forward."""
+    x = torch.randn(2, 8, 3, 3, device=device, requires_grad=True)
+    bias = torch.randn(8, device=device, requires_grad=True)
+    running = (None, None) if training else (torch.zeros(8, device=device), torch.ones(8, device=device))
+    output = functional.batch_norm_add_relu(x, *running, None, bias, None, training)
+    before = torch.autograd.grad(output.square().sum(), (x, bias), retain_graph=True)
+    with torch.no_grad():
+        bias.add_(3)
+    for got, expected in zip(torch.autograd.grad(output.square().sum(), (x, bias)), before, strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_weight_stepped_between_two_backwards_is_refused(device):
+    x = torch.randn(2, 8, 3, 3, device=device, requires_grad=True)
+    weight = torch.rand(8, device=device, requires_grad=True)
+    output = functional.batch_norm_add_relu(x, None, None, weight, None, None, True).sum()
+    with torch.no_grad():
+        weight.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        evaluated.sum().backward()
+        output.backward()
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_batched_gradients_of_add_relu(channels_last, device):
+    """A ``vmap`` over gradients, as ``is_grads_batched`` makes."""
+    x, r, *_ = (torch.randn(2, 3, 4, 5, device=device) for _ in range(2))
+    if channels_last:
+        x, r = x.to(memory_format=torch.channels_last), r.to(memory_format=torch.channels_last)
+    x.requires_grad_()
+    gradients = torch.randn(3, 2, 3, 4, 5, device=device)
+    (got,) = torch.autograd.grad(functional.add_relu(x, r), x, gradients, is_grads_batched=True)
+    assert torch.equal(got, torch.where(x + r > 0, gradients, 0))

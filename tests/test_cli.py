@@ -161,7 +161,7 @@ def test_demo_trains_both_networks_and_writes_the_plot(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("--epochs", "0"), "must be at least 1, got 0"),
+        (("--epochs", "0"), "at least 1, got '0'"),
         (("--images", "40", "--batch-size", "33"), "--batch-size must be at most 32"),
         (("--model", "resnett18"), "did you mean resnet18"),
     ],

@@ -167,6 +167,47 @@ def test_the_report_names_hooks(reason):
     assert layer2_reason(model)["layer2.0.bn2"] is None
 
 
+PATCHED = {"_BatchNorm": nn.modules.batchnorm._BatchNorm, "ReLU": nn.ReLU, "Sequential": nn.Sequential}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", PATCHED)
+def test_a_forward_replaced_on_the_class_of_torch_is_called(name, compiled, monkeypatch):
+    model, reference = pair()
+    if compiled:
+        model = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert_same_step(model, reference)
+    cls = PATCHED[name]
+    original = cls.forward
+    monkeypatch.setattr(cls, "forward", lambda self, input: original(self, input) * 2)
+    assert_same_step(model, reference)
+    reasons = [row.reason for row in fusion_report(model).rows]
+    known = {
+        "_BatchNorm": "bn1 is of BatchNorm2d",
+        "ReLU": "relu is of ReLU",
+        "Sequential": "downsample is of Sequential",
+    }
+    assert any(f"{known[name]}, whose forward was replaced" in (reason or "") for reason in reasons)
+    monkeypatch.undo()
+    assert fusion_report(model).fused == 10
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(("where", "name"), [("layer1.0", "forward"), ("", "forward"), ("", "_forward_impl")])
+def test_methods_replaced_on_the_instance(where, name, late):
+    model = small()
+    if late:
+        fuse(model)
+    module = model.get_submodule(where)
+    setattr(module, name, lambda x: x)
+    fuse(model)
+    assert module(images()).shape == (4, 3, 24, 24)
+    rows = {row.name: row for row in fusion_report(model).rows}
+    concerned = ["layer1.0.bn1", "layer1.0.bn2"] if where else ["bn1"]
+    assert {row.name for row in rows.values() if not row.fused} == set(concerned)
+    assert {rows[bn].reason for bn in concerned} == {f"its {name} was replaced on the instance"}
+
+
 # Modules that change after fuse()
 
 
@@ -421,6 +462,25 @@ def test_distributed_data_parallel_can_be_fused_at_any_time():
         assert_same_step(wrapped, reference)
     finally:
         distributed.destroy_process_group()
+
+
+def test_code_compiled_before_fuse_is_compiled_again():
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    def fused_operators():
+        return sum("resnet_fused" in str(node.target) for node in counter.graphs[-1].graph.nodes)
+
+    model, reference = small(), small()
+    model.load_state_dict(reference.state_dict())
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    assert_same_step(compiled, reference)
+    assert fused_operators() == 0
+    fuse(model)
+    assert_same_step(compiled, reference)
+    assert fused_operators() > 0
+    unfuse(model)
+    assert_same_step(compiled, reference)
 
 
 def test_the_checks_find_what_hangs_on_a_module():

@@ -307,3 +307,31 @@ def test_tracing_by_make_fx(device):
     for mode in ("real", "fake", "symbolic"):
         graph = make_fx(_functional, tracing_mode=mode)(*x)
         assert torch.equal(graph(*x), _functional(*x))
+
+
+@pytest.mark.parametrize("dual", [False, True], ids=["one branch", "two branches"])
+@pytest.mark.parametrize(
+    ("shape", "dtypes"),
+    [
+        ((1, 3, 1, 1), (torch.float32, torch.float32)),
+        ((2, 3, 4, 4), (torch.float64, torch.float32)),
+        ((2, 3, 4, 4), (torch.float32, torch.float64)),
+        ((2, 3, 4, 4), (torch.float32, torch.bfloat16)),
+    ],
+    ids=["one value a channel", "float64 input", "float64 statistics", "bfloat16 statistics"],
+)
+def test_compiled_training_refuses_what_eager_refuses(shape, dtypes, dual, device):
+    x = torch.randn(shape, device=device, dtype=dtypes[0])
+    running = torch.zeros(3, device=device, dtype=dtypes[1]), torch.ones(3, device=device, dtype=dtypes[1])
+
+    def call(x):
+        if dual:
+            good = torch.zeros(3, device=device, dtype=dtypes[0]), torch.ones(3, device=device, dtype=dtypes[0])
+            return functional.dual_batch_norm_add_relu(x, *good, None, None, x, *running, training=True)
+        return functional.batch_norm_add_relu(x, *running, training=True)
+
+    for function in (call, torch.compile(call, backend="aot_eager", fullgraph=True)):
+        with pytest.raises((RuntimeError, ValueError)):
+            function(x)
+        assert float(running[0].float().abs().sum()) == 0
+        assert bool((running[1] == 1).all())

@@ -326,3 +326,46 @@ def test_functions_bypass_the_hooks_of_plain_batch_norms():
     bn.register_forward_hook(lambda *_: pytest.fail("called"))
     assert batch_norm_add_relu(bn, torch.randn(2, 5, 3, 3)).min() == 0
     assert bn.num_batches_tracked == 1
+
+
+def test_a_forward_inside_a_backward_counts():
+    """Only activation checkpointing makes activations again; a hook that runs a network trains it."""
+    bn, reference = BatchNormAddReLU2d(3, relu=False), nn.BatchNorm2d(3)
+    z = torch.randn(2, 3, 4, 4)
+    for module in (bn, reference):
+        hidden = torch.ones(2, requires_grad=True) * 2
+        hidden.register_hook(lambda grad, module=module: (module(z), grad)[1])
+        hidden.sum().backward()
+    assert int(bn.num_batches_tracked) == 1
+    torch.testing.assert_close(bn.running_mean, reference.running_mean)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["same module", "one frozen"])
+def test_refusals_of_two_branches_in_turn_write_nothing(frozen):
+    bn, bn2 = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+    bn.train(not frozen)
+    with pytest.raises(RuntimeError, match="input2"):
+        dual_batch_norm_add_relu(bn, torch.randn(2, 3, 4, 4), bn2 if frozen else bn, torch.randn(2, 3, 4, 5))
+    for module in (bn, bn2):
+        assert int(module.num_batches_tracked) == 0
+        assert float(module.running_mean.abs().sum()) == 0
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("training", [False, True])
+def test_torch_jit_trace(training):
+    """What is traced is torch's own operations, for a trace knows no others."""
+    bn = BatchNormAddReLU2d(3).train(training)
+    x, r = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    expected = copy.deepcopy(bn)(x, r)
+    traced = torch.jit.trace(copy.deepcopy(bn), (x, r), check_trace=False)
+    torch.testing.assert_close(traced(x, r), expected)
+
+
+def test_a_batch_norm_that_torch_and_the_fused_operator_call_in_one_step():
+    bn, reference = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    loss = (bn(x) * batch_norm_add_relu(bn, x * 2)).sum()
+    expected = (reference(x) * F.relu(reference(x * 2))).sum()
+    torch.testing.assert_close(torch.autograd.grad(loss, x), torch.autograd.grad(expected, x))
+    torch.testing.assert_close(bn.running_var, reference.running_var)

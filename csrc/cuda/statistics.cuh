@@ -68,7 +68,7 @@ __device__ __forceinline__ void finish_channel(const StatisticsBranch& b, const 
   }
 }
 
-// Whether a channel has so few values that the rounding of each square shows.
+// Whether a channel has so few values that the rounding of each shows.
 __device__ __forceinline__ bool few_values(const Shape& shape) { return shape.count() < 4096; }
 
 // Adds what U accesses are worth; kept(u, pack) gets every pack.
@@ -86,9 +86,16 @@ __device__ __forceinline__ void add_terms(const void* input, bool few, const Pla
     kept(u, x[u]);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      const C difference = p[u].active ? x[u][i] - shift[i] : C(0);
-      groups.at(0, u, i).add(difference);
-      groups.at(1, u, i).add_square(difference, few);
+      const C value = p[u].active ? x[u][i] : shift[i];
+      const C difference = value - shift[i];
+      C rest = 0;
+      if (kCompensated<T> && few) {
+        // What the difference rounds off, exactly: a mean may be a small rest of few of them.
+        const C part = difference - value;
+        rest = (value - (difference - part)) - (shift[i] + part);
+      }
+      groups.at(0, u, i).add(difference, rest);
+      groups.at(1, u, i).add_square(difference, rest, few);
     }
   }
 }

@@ -40,13 +40,20 @@ struct Group {
       sum = fma(a, b, sum);
     }
   }
-  // Of squares nothing cancels, and the roundings of many even out: only those of few come to light.
-  __device__ __forceinline__ void add_square(C a, bool few) {
+  // The square of a + rest_of_a. Of squares nothing cancels, and the roundings of many even out: only those of few come
+  // to light.
+  __device__ __forceinline__ void add_square(C a, C rest_of_a, bool few) {
     if (kCompensated && few) {
+      rest = fma(a + a, rest_of_a, rest);
       add_product(a, a);
     } else {
       sum = fma(a, a, sum);
     }
+  }
+  // a + rest_of_a
+  __device__ __forceinline__ void add(C a, C rest_of_a) {
+    if constexpr (kCompensated) rest += rest_of_a;
+    add(a);
   }
   __device__ __forceinline__ double total() const {
     const double wide = static_cast<double>(sum);

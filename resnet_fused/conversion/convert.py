@@ -1,49 +1,62 @@
 """fuse() and unfuse(): changes the classes of modules whose forward is known, and changes them back.
 
 A family is a module here with ``recognize(module)``, which returns the fused forward and its plan, None for a module
-that is none of its own, or raises Refused with a reason.
+that is none of its own, or raises Refused with a reason. It looks, and neither runs nor changes anything.
 """
 
 import sys
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import jit, nn
 
 from . import residual_block, torchvision_resnet
-from .classes import Fused, Refused, fused_class, is_fused
-from .tracing import trace
+from .classes import Fused, Refused, check_class, fused_class, is_fused
 
 FAMILIES = (torchvision_resnet, residual_block)
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def fuse(model: Model) -> Model:
+def fuse(model: Model, recompute: bool = False) -> Model:
     """Lets the residual blocks of ``model`` run on fused operators; changes it in place and returns it.
 
     Only the classes of blocks (and of a torchvision ResNet, for its stem) change, to subclasses with a fused forward.
     Parameters, submodules, state_dict, hooks and attributes stay the objects they are, so an optimizer made before goes
-    on. What cannot be fused is left alone; :func:`fusion_report` says what and why. Fusing twice is fusing once. A
-    fused block asks at every call whether its BatchNorms and ReLUs may be bypassed: one that got a hook, was replaced
-    or converted to SyncBatchNorm is called as it was before. The forward is read when fuse() runs; after a change to an
-    attribute that a block's own forward branches on, unfuse() and fuse() again.
+    on. What cannot be fused is left alone; :func:`fusion_report` says what and why. Fusing twice is fusing once, with
+    the ``recompute`` of the last call.
 
-    The order of wrappers: fuse before ``torch.compile``, whose compiled code would go on unfused, before ``torch.jit``,
-    and before FSDP's ``fully_shard``, which changes classes itself. A model inside DistributedDataParallel can be fused
-    at any time: DDP holds parameters and the hooks of their gradients, none of which change.
+    A block's forward is read, in its source, and not run. Fused is what consists of calls of submodules, ReLU, add and
+    branches on constants and on which submodules there are; where such an attribute changes later, the block runs
+    unfused. A fused block also asks at every call whether its BatchNorms and ReLUs may be bypassed: one that got a
+    hook, was replaced or converted to SyncBatchNorm is called as it was before.
+
+    The order of wrappers: ``model`` itself is fused, not what ``torch.compile`` made of it; code compiled from it
+    earlier notices and is compiled again. Fuse before ``torch.jit``, and before FSDP's ``fully_shard``, which changes
+    classes itself. A model inside DistributedDataParallel can be fused at any time: DDP holds parameters and the hooks
+    of their gradients, none of which change.
+
+    Args:
+        model: changed in place.
+        recompute: whether the fused forwards run inside :class:`resnet_fused.recompute`: activations are not kept for
+            the backward but made again there. Blocks that are not fused, and FusedResidualBlock and FusedBottleneck,
+            which have a setting of their own, stay as they are.
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``, is a ScriptModule, or it or a part of it is compiled already.
     """
     _check(model)
     for module in model.modules():
-        if not is_fused(module):
+        if is_fused(module):
+            cls = type(module)
+            module.__class__ = fused_class(cls._fusion_family, cls._fusion_base, cls._fusion_plan, recompute)
+        else:
             try:
-                cls = conversion_of(module)
+                conversion = conversion_of(module)
             except Refused:
                 continue
-            if cls is not None:
-                module.__class__ = cls
+            if conversion is not None:
+                family, plan = conversion
+                module.__class__ = fused_class(family, type(module), plan, recompute)
     return model
 
 
@@ -68,36 +81,21 @@ def unfuse(model: Model) -> Model:
     return model
 
 
-def conversion_of(module: nn.Module) -> type[nn.Module] | None:
-    """The fused class for ``module``; None where it is of no family.
+def conversion_of(module: nn.Module) -> tuple[type[Fused], Any] | None:
+    """The fused forward for ``module`` and its plan; None where it is of no family.
 
     Raises:
         Refused: the module looks like one of a family, but its forward is not what the fused one computes.
     """
     for family in FAMILIES:
-        recognized = family.recognize(module)
-        if recognized is not None:
-            cls = fused_class(recognized[0], type(module), recognized[1])
-            _prove(module, cls)
-            return cls
+        conversion = family.recognize(module)
+        if conversion is not None:
+            check_class(type(module))
+            obstacle = conversion[0]._fusion_obstacle(module, conversion[1])
+            if obstacle is not None:
+                raise Refused(obstacle)
+            return conversion
     return None
-
-
-def _prove(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Holds the fused forward, traced with all its sites unfused, against the forward of the original."""
-    if "forward" in vars(module):
-        raise Refused("its forward was replaced on the instance")
-    expected, original = trace(module), type(module)
-    try:
-        module.__class__ = cls
-    except TypeError as error:
-        raise Refused(f"its class cannot be changed: {error}") from error
-    try:
-        same = trace(module) == expected
-    finally:
-        module.__class__ = original
-    if not same:
-        raise Refused(f"the forward of this {original.__name__} is not the one known here")
 
 
 def _check(model: nn.Module) -> None:
@@ -110,4 +108,6 @@ def _check(model: nn.Module) -> None:
     for name, module in model.named_modules():
         compiled = getattr(module, "_compiled_call_impl", None) is not None
         if compiled or (eval_frame is not None and isinstance(module, eval_frame.OptimizedModule)):
-            raise TypeError(f"{name or 'the model'} is compiled already: fuse first, as in torch.compile(fuse(model))")
+            raise TypeError(
+                f"{name or 'the model'} is compiled already: fuse what was compiled, as in torch.compile(fuse(model))"
+            )

@@ -1,6 +1,6 @@
 """Residual blocks of any class, when their forward is that of FusedResidualBlock (in either order) or FusedBottleneck.
 
-Names do not matter: the forward is traced, and what it does must be one of the three shapes to the last operation.
+Names do not matter: the forward is read, and what it does must be one of the three shapes to the last operation.
 """
 
 import operator
@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from . import sites
+from . import attributes, sites
 from .classes import Fused, Refused
+from .reading import Reading, Step, read
 from .sites import FunctionalReLU, Site
-from .tracing import Step, check_forward, trace
 
 _SHAPES = {
     ("conv", "bn", "relu", "conv", "bn"): False,
@@ -25,7 +25,9 @@ _NO_MODULE = {False: FunctionalReLU(False), True: FunctionalReLU(True)}
 class Plan(NamedTuple):
     """The names of a block's input and parts.
 
-    A ReLU is the name of a module, or says whether the function called for it is in place.
+    A ReLU is the name of a module, or says whether the function called for it is in place. The shortcut runs after
+    ``shortcut_after`` convolutions with all that follows each. The plan holds while ``branches``, the attributes that
+    the original branches on, are as they were seen.
     """
 
     argument: str
@@ -33,8 +35,10 @@ class Plan(NamedTuple):
     bns: tuple[str, ...]
     relus: tuple[str | bool, ...]
     shortcut: str | None
+    shortcut_after: int
     add_inplace: bool
     bn_before_last_conv: bool
+    branches: tuple[tuple[str, Any], ...]
 
 
 class FusedBlock(Fused):
@@ -43,13 +47,20 @@ class FusedBlock(Fused):
     def forward(self, x: Tensor) -> Tensor:
         """What the forward of the original class computes."""
         plan = self._fusion_plan
+        for name, before in plan.branches:
+            if attributes.seen(getattr(self, name, None)) != before:
+                return self._fusion_base.forward(self, x)
         shortcut = None if plan.shortcut is None else getattr(self, plan.shortcut)
         add = operator.iadd if plan.add_inplace else operator.add
         relus = [getattr(self, relu) if isinstance(relu, str) else _NO_MODULE[relu] for relu in plan.relus]
         bns = [getattr(self, bn) for bn in plan.bns]
         out = x
-        for conv, bn, relu in zip(plan.convs[:-1], bns, relus, strict=False):
-            out = sites.batch_norm_relu(bn, relu, getattr(self, conv)(out))
+        for index, name in enumerate(plan.convs):
+            # Where the original runs it: a shortcut may write its input in place, draw random numbers or have hooks.
+            if index == plan.shortcut_after and shortcut is not None:
+                shortcut = sites.early(shortcut, x, bns)
+            if index < len(plan.convs) - 1:
+                out = sites.batch_norm_relu(bns[index], relus[index], getattr(self, name)(out))
         last_conv = getattr(self, plan.convs[-1])
         if plan.bn_before_last_conv:
             return sites.add_relu(relus[-1], add, last_conv(sites.batch_norm(bns[-1], out)), x, shortcut)
@@ -65,14 +76,23 @@ class FusedBlock(Fused):
         return {"forward": forward}
 
     @classmethod
-    def _fusion_sites(cls, module: nn.Module) -> tuple[Site, ...]:
+    def _fusion_sites(cls, module: nn.Module, plan: Plan) -> tuple[Site, ...]:
         """Every BatchNorm of the plan, and the one that may end the shortcut."""
-        plan = cls._fusion_plan
         relus = [relu if isinstance(relu, str) else None for relu in plan.relus]
         inner = [Site(bn, relu) for bn, relu in zip(plan.bns[:-1], relus, strict=False)]
-        end = Site(None if plan.bn_before_last_conv else plan.bns[-1], relus[-1], adds=True, shortcut=plan.shortcut)
+        # None where the original branches on it and it was taken away.
+        shortcut = None if plan.shortcut is None or getattr(module, plan.shortcut, None) is None else plan.shortcut
+        end = Site(None if plan.bn_before_last_conv else plan.bns[-1], relus[-1], adds=True, shortcut=shortcut)
         alone = [Site(plan.bns[-1], rectifies=False)] if plan.bn_before_last_conv else []
         return *inner, *alone, end
+
+    @classmethod
+    def _fusion_obstacle(cls, module: nn.Module, plan: Plan) -> str | None:
+        """Also that an attribute changed which the original branches on."""
+        changed = [name for name, before in plan.branches if attributes.seen(getattr(module, name, None)) != before]
+        if changed:
+            return f"its forward branches on {', '.join(changed)}, which changed: unfuse() and fuse() again"
+        return super()._fusion_obstacle(module, plan)
 
 
 def recognize(module: nn.Module) -> tuple[type[Fused], Plan] | None:
@@ -89,14 +109,13 @@ def recognize(module: nn.Module) -> tuple[type[Fused], Plan] | None:
         return None
     if bns not in (2, 3) or convs != bns:
         raise Refused(f"{name} has {convs} Conv2d and {bns} BatchNorm of its own: no residual block known here")
-    return FusedBlock, _plan(module, check_forward(type(module)))
+    return FusedBlock, _plan(module, read(module))
 
 
-def _plan(module: nn.Module, argument: str) -> Plan:
-    graph = trace(module)
-    rest, relus = _take_relu(module, graph.output)
+def _plan(module: nn.Module, reading: Reading) -> Plan:
+    rest, last_relu = _take_relu(module, reading.output)
     if rest is None:
-        raise Refused(f"it ends with {_describe(module, graph.output)}, not with a ReLU")
+        raise Refused(f"it ends with {_describe(module, reading.output)}, not with a ReLU")
     if rest.kind != "add":
         raise Refused(f"its last ReLU follows {_describe(module, rest)}, not the add of a shortcut")
     main, shortcut = rest.inputs
@@ -121,20 +140,35 @@ def _plan(module: nn.Module, argument: str) -> Plan:
     if kinds not in _SHAPES:
         raise Refused(f"its main branch is {', '.join(kinds) or 'empty'}; known are {_known_shapes()}")
 
+    # The main branch, the add, the last ReLU, and a module on the shortcut.
+    if len(reading.steps) != len(kinds) + 2 + (shortcut.kind == "module"):
+        raise Refused("its forward does more than compute its result")
+
     plan = Plan(
-        argument=argument,
+        argument=reading.argument,
         convs=tuple(name for kind, name in zip(kinds, names, strict=True) if kind == "conv"),
         bns=tuple(name for kind, name in zip(kinds, names, strict=True) if kind == "bn"),
-        relus=tuple(name for kind, name in zip(kinds, names, strict=True) if kind == "relu") + (relus,),
+        relus=tuple(name for kind, name in zip(kinds, names, strict=True) if kind == "relu") + (last_relu,),
         shortcut=None if shortcut.kind == "input" else shortcut.name,
+        shortcut_after=_position(reading, shortcut, kinds),
         add_inplace=rest.inplace,
         bn_before_last_conv=_SHAPES[kinds],
+        branches=reading.branches,
     )
-    # The input, the main branch, the add, the last ReLU, and a module on the shortcut.
-    if graph.size != 1 + len(kinds) + 2 + (plan.shortcut is not None):
-        raise Refused("its forward does more than compute its result")
     _check_distinct(module, plan)
     return plan
+
+
+def _position(reading: Reading, shortcut: Step, kinds: tuple[str, ...]) -> int:
+    """After how many convolutions, each with what follows it, the shortcut runs."""
+    if shortcut.kind == "input":
+        return kinds.count("conv")
+    before = reading.steps.index(shortcut)
+    # Where the tutorial's order has "bn, conv" the BatchNorm belongs to the convolution behind it.
+    starts = [0, *(i + 1 for i, kind in enumerate(kinds) if kind == "relu"), len(kinds)]
+    if before not in starts:
+        raise Refused("its shortcut runs between a convolution and the BatchNorm and ReLU of that")
+    return starts.index(before)
 
 
 def _take_relu(module: nn.Module, step: Step) -> tuple[Step, str | bool] | tuple[None, None]:
@@ -151,7 +185,7 @@ def _is_shortcut(step: Step) -> bool:
 
 
 def _kind(module: nn.Module, step: Step) -> str | None:
-    if step.kind == "module" and "." not in step.name:
+    if step.kind == "module":
         submodule = module.get_submodule(step.name)
         if isinstance(submodule, nn.Conv2d):
             return "conv"
@@ -163,7 +197,7 @@ def _kind(module: nn.Module, step: Step) -> str | None:
 def _describe(module: nn.Module, step: Step) -> str:
     if step.kind == "input":
         return "its input"
-    return type(module.get_submodule(step.name)).__name__ if step.kind == "module" else step.name
+    return type(module.get_submodule(step.name)).__name__ if step.kind == "module" else step.kind
 
 
 def _known_shapes() -> str:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import bypass, functional, modules
+from ..ops import recomputation
 
 BATCH_NORM = "batch_norm"
 BATCH_NORM_RELU = "batch_norm+relu"
@@ -53,7 +54,20 @@ class FunctionalReLU:
         return F.relu(input, inplace=self.inplace)
 
 
+class EarlyShortcut:
+    """A shortcut that ran before the main branch, as in the original; ``bn``, if any, is still to be applied."""
+
+    def __init__(self, output: Tensor, bn: nn.Module | None):
+        self.output = output
+        self.bn = bn
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """shortcut(x), for the x that it ran with."""
+        return self.output if self.bn is None else self.bn(self.output)
+
+
 Activation = nn.Module | FunctionalReLU
+Shortcut = nn.Module | EarlyShortcut
 
 
 def batch_norm(bn: nn.Module, input: Tensor) -> Tensor:
@@ -71,7 +85,7 @@ def batch_norm_relu(bn: nn.Module, relu: Activation, input: Tensor) -> Tensor:
 
 
 def batch_norm_add_relu(
-    bn: nn.Module, relu: Activation, add: Callable, input: Tensor, x: Tensor, shortcut: nn.Module | None
+    bn: nn.Module, relu: Activation, add: Callable, input: Tensor, x: Tensor, shortcut: Shortcut | None
 ) -> Tensor:
     """relu(add(bn(input), shortcut(x))).
 
@@ -81,34 +95,70 @@ def batch_norm_add_relu(
     """
     if bypass.why_watched(input) or bypass.why_not(bn, nn.BatchNorm2d) or _why_not_relu(relu):
         return relu(add(bn(input), x if shortcut is None else shortcut(x)))
-    if shortcut is None or bypass.why_not_projection(shortcut):
-        residual = x if shortcut is None else shortcut(x)
-        if _alike(input, residual):
-            return modules.batch_norm_add_relu(bn, input, residual)
-        return relu(add(bn(input), residual))
-    bn2, input2 = shortcut[-1], bypass.before_last(shortcut, x)
-    if _alike(input, input2):
-        return modules.dual_batch_norm_add_relu(bn, input, bn2, input2)
-    return relu(add(bn(input), bn2(input2)))
+    residual, bn2 = _run(shortcut, x)
+    if not _alike(input, residual):
+        return relu(add(bn(input), residual if bn2 is None else bn2(residual)))
+    if bn2 is None:
+        return modules.batch_norm_add_relu(bn, input, residual)
+    return modules.dual_batch_norm_add_relu(bn, input, bn2, residual)
 
 
-def add_relu(relu: Activation, add: Callable, input: Tensor, x: Tensor, shortcut: nn.Module | None) -> Tensor:
+def add_relu(relu: Activation, add: Callable, input: Tensor, x: Tensor, shortcut: Shortcut | None) -> Tensor:
     """relu(add(input, shortcut(x))), where the shortcut may end with a BatchNorm; arguments as above."""
     if bypass.why_watched(input) or _why_not_relu(relu):
         return relu(add(input, x if shortcut is None else shortcut(x)))
-    if shortcut is None or bypass.why_not_projection(shortcut):
-        residual = x if shortcut is None else shortcut(x)
-        return functional.add_relu(input, residual) if _alike(input, residual) else relu(add(input, residual))
-    bn2, input2 = shortcut[-1], bypass.before_last(shortcut, x)
-    if _alike(input, input2):
-        return modules.batch_norm_add_relu(bn2, input2, input)
-    return relu(add(input, bn2(input2)))
+    residual, bn2 = _run(shortcut, x)
+    if not _alike(input, residual):
+        return relu(add(input, residual if bn2 is None else bn2(residual)))
+    if bn2 is None:
+        return functional.add_relu(input, residual)
+    return modules.batch_norm_add_relu(bn2, residual, input)
 
 
-def judge(module: nn.Module, site: Site) -> Iterator[Verdict]:
-    """The verdict on each BatchNorm of a site."""
+def max_pool(pool: nn.Module, input: Tensor) -> Tensor:
+    """pool(input); where activations are recomputed, without keeping indices."""
+    if (
+        not recomputation.is_on()
+        or bypass.why_watched(input)
+        or bypass.why_not(pool, nn.MaxPool2d)
+        or pool.return_indices
+    ):
+        return pool(input)
+    return functional.max_pool2d(
+        input, pool.kernel_size, pool.stride, pool.padding, pool.dilation, ceil_mode=pool.ceil_mode
+    )
+
+
+def early(shortcut: nn.Module, x: Tensor, bns: list[nn.Module]) -> EarlyShortcut:
+    """The shortcut, run at once but for a BatchNorm at its end, which can wait for one operator.
+
+    Args:
+        bns: the BatchNorms of the main branch. One that also ends the shortcut does not wait: its running statistics
+            see the shortcut first.
+    """
+    if bypass.why_watched(x) or bypass.why_not_projection(shortcut):
+        return EarlyShortcut(shortcut(x), None)
+    output, last = bypass.before_last(shortcut, x), shortcut[-1]
+    if any(last is bn for bn in bns):
+        return EarlyShortcut(batch_norm(last, output), None)
+    return EarlyShortcut(output, last)
+
+
+def _run(shortcut: Shortcut | None, x: Tensor) -> tuple[Tensor, nn.Module | None]:
+    """The output of the shortcut but for a BatchNorm at its end, and that BatchNorm."""
+    if shortcut is None:
+        return x, None
+    if type(shortcut) is EarlyShortcut:
+        return shortcut.output, shortcut.bn
+    if bypass.why_not_projection(shortcut):
+        return shortcut(x), None
+    return bypass.before_last(shortcut, x), shortcut[-1]
+
+
+def judge(module: nn.Module, site: Site, obstacle: str | None = None) -> Iterator[Verdict]:
+    """The verdict on each BatchNorm of a site; ``obstacle`` is why the forward that has it does not run."""
     watched = bypass.why_watched(_A_TENSOR)
-    obstacles = [watched] if watched else []
+    obstacles = [reason for reason in (obstacle, watched) if reason is not None]
     bn = None if site.bn is None else module.get_submodule(site.bn)
     if bn is not None:
         obstacles += named(site.bn, bypass.why_not(bn, nn.BatchNorm2d))

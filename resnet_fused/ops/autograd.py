@@ -12,43 +12,23 @@ they depend on it.
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
 from torch.autograd import forward_ad
 
-from . import layout, reference
+from . import layout, recomputation, reference
+from .dispatch import below_autograd
 
 _LIBRARY = torch.ops.resnet_fused
 _TRAIN_BACKWARD = _LIBRARY.batch_norm_add_relu_train_backward.default
 _TRAIN_WITH_UPDATE = _LIBRARY.batch_norm_add_relu_train_with_update.default
 
 
-def _excluded_keys():
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
-    for name in ("AutogradOther", "AutogradNestedTensor", "AutocastCPU", "AutocastCUDA"):
-        keys = keys | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name))
-    return keys
-
-
-_ABOVE_KERNELS = _excluded_keys()
-
-
-def below_autograd():
-    """A context in which an operator goes straight to its kernel, past autograd and autocast."""
-    return torch._C._ExcludeDispatchKeyGuard(_ABOVE_KERNELS)
-
-
-def _restored(saved: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """A saved tensor in the layout its mask was written for: saved-tensor hooks such as ``save_on_cpu`` may change
-    it.
-    """
-    if saved.stride() == strides:
-        return saved
-    then = torch.empty_strided(saved.shape, strides, dtype=saved.dtype, device="meta")
-    return layout.dense(saved, then)
-
-
 class _Formula:
     """What one operator saves for its backward (``save``) and how its gradient follows from that (``backward``).
+
+    ``save`` also notes how the output is made again, where it is to be: eager calls alone ask for that.
 
     ``backward`` gives the gradients of the leading arguments; those after them have none.
     """
@@ -64,9 +44,9 @@ class _Formula:
         ctx.set_materialize_grads(False)
         self.save(ctx, inputs, output)
 
-    def save(self, ctx, inputs, output) -> None:
+    def save(self, ctx, inputs, output, recomputed: bool = False) -> None:
         ctx.strides = inputs[0].stride()
-        self._save(ctx, inputs, output)
+        self._save(ctx, inputs, output, recomputed)
 
     def backward(self, ctx, grad_output, *_):
         count = len(ctx.needs_input_grad)
@@ -81,7 +61,7 @@ class _Formula:
         def forward(ctx, *inputs):
             with below_autograd():
                 output = self.op(*inputs)
-            self.save(ctx, inputs, output)
+            self.save(ctx, inputs, output, recomputation.is_on())
             return output[0]
 
         return self._function(forward, self.backward)
@@ -135,26 +115,44 @@ def _residual_gradient(relu: bool, needed: bool, grad_output: Tensor, grad_resid
 # relu(batch_norm(input) + residual), batch statistics -------------------------------------------------------------
 
 
-def _save_train(ctx, inputs, output):
+def _copied(vector: Tensor | None) -> Tensor | None:
+    """A vector of channels as it is now, where torch's own batch_norm does not save the vector itself.
+
+    Whoever steps a bias between two backwards, or trains on after an evaluation whose backward is still to come, is
+    not refused, and has the gradient of the forward that ran.
+    """
+    return None if vector is None else vector.detach().clone()
+
+
+# Written for speed on the host, forward and backward: small tensors wait for it.
+
+
+def _save_train(ctx, inputs, output, recomputed):
     input, weight, bias, residual, eps, relu, _ = inputs
-    _, mean, _, invstd, mask = output
-    ctx.masked = relu and residual is not None
-    ctx.relu, ctx.eps = relu, eps
-    ctx.save_for_backward(input, weight, None if ctx.masked else bias, mean, invstd, mask if ctx.masked else None)
+    result, mean, _, invstd, mask = output
+    ctx.settings = relu, eps, input.stride()
+    masked = relu and residual is not None
+    if recomputed or not masked:
+        bias = _copied(bias)
+    if masked:
+        ctx.save_for_backward(input, weight, None, mean, invstd, mask)
+    else:
+        ctx.save_for_backward(input, weight, bias, mean, invstd, None)
+    if recomputed:
+        recomputation.note_train(result, input, weight, bias, residual, mean, invstd, relu)
 
 
 def _backward_train(ctx, grad_output):
-    # Written for speed on the host: small tensors wait for it.
     input, weight, bias, mean, invstd, mask = ctx.saved_tensors
     needs_input, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
-    relu = ctx.relu
-    if input.stride() != ctx.strides:
-        input = _restored(input, ctx.strides)
+    relu, eps, strides = ctx.settings
+    if input.stride() != strides:
+        input = layout.restored(input, strides)
     if mask is not None:
         bias = weight  # only its dtype counts
     needs = (needs_input, needs_residual and relu, needs_weight, needs_bias)
     if torch.is_grad_enabled():
-        mean, invstd = _batch_statistics(input, ctx.eps, mean, invstd)
+        mean, invstd = _batch_statistics(input, eps, mean, invstd)
         run = reference.batch_norm_add_relu_train_backward
         gradients = run(grad_output, input, weight, bias, mean, invstd, mask, relu, *needs)
     else:
@@ -174,12 +172,16 @@ def _backward_train(ctx, grad_output):
 # the same, running statistics -------------------------------------------------------------------------------------
 
 
-def _save_eval(ctx, inputs, output):
+def _save_eval(ctx, inputs, output, recomputed):
     input, weight, bias, residual, running_mean, running_var, eps, relu, _ = inputs
     ctx.masked = relu and residual is not None
     ctx.relu, ctx.eps = relu, eps
-    mask = output[1] if ctx.masked else None
-    ctx.save_for_backward(input, weight, None if ctx.masked else bias, running_mean, running_var, mask)
+    if recomputed or not ctx.masked:
+        bias = _copied(bias)
+    mean, var = _copied(running_mean), _copied(running_var)
+    ctx.save_for_backward(input, weight, None if ctx.masked else bias, mean, var, output[1] if ctx.masked else None)
+    if recomputed:
+        recomputation.note_eval(output[0], input, weight, bias, residual, mean, var, eps, relu)
 
 
 def _backward_eval(ctx, grad_output):
@@ -188,7 +190,7 @@ def _backward_eval(ctx, grad_output):
     grad_input, grad_residual, grad_weight, grad_bias = _backward_op(
         "batch_norm_add_relu_eval_backward",
         grad_output,
-        _restored(input, ctx.strides),
+        layout.restored(input, ctx.strides),
         weight,
         bias if mask is None else weight,  # with a mask only its dtype counts
         running_mean,
@@ -212,7 +214,7 @@ def _backward_eval(ctx, grad_output):
 # the same, statistics given (SyncBatchNorm's apply) ---------------------------------------------------------------
 
 
-def _save_apply(ctx, inputs, output):
+def _save_apply(ctx, inputs, output, recomputed):
     input, weight, bias, residual, mean, invstd, relu, _ = inputs
     ctx.masked = relu and residual is not None
     ctx.relu = relu
@@ -225,7 +227,7 @@ def _backward_apply(ctx, grad_output):
     """
     input, weight, bias, mean, invstd, mask = ctx.saved_tensors
     needs_input, needs_weight, needs_bias, needs_residual, needs_mean, needs_invstd = ctx.needs_input_grad[:6]
-    input = _restored(input, ctx.strides)
+    input = layout.restored(input, ctx.strides)
     with torch.set_grad_enabled(torch.is_grad_enabled()):
         zeros = torch.zeros_like(invstd)
         common = (grad_output, input, weight, bias, mean, invstd, mask)
@@ -253,17 +255,23 @@ def _backward_apply(ctx, grad_output):
 # relu(batch_norm(input) + batch_norm(input2)) ---------------------------------------------------------------------
 
 
-def _save_dual_train(ctx, inputs, output):
-    input, weight, _, input2, weight2, _, eps, eps2, relu, _ = inputs
-    _, mean, _, invstd, mean2, _, invstd2, mask = output
+def _save_dual_train(ctx, inputs, output, recomputed):
+    input, weight, bias, input2, weight2, bias2, eps, eps2, relu, _ = inputs
+    result, mean, _, invstd, mean2, _, invstd2, mask = output
     ctx.relu, ctx.eps, ctx.eps2 = relu, eps, eps2
     ctx.save_for_backward(input, weight, mean, invstd, input2, weight2, mean2, invstd2, mask if relu else None)
+    if recomputed:
+        branch, branch2 = (
+            (input, weight, _copied(bias), mean, invstd),
+            (input2, weight2, _copied(bias2), mean2, invstd2),
+        )
+        recomputation.note_dual_train(result, branch, branch2, relu)
 
 
 def _backward_dual_train(ctx, grad_output):
     input, weight, mean, invstd, input2, weight2, mean2, invstd2, mask = ctx.saved_tensors
     needs = ctx.needs_input_grad[:6]
-    input, input2 = (_restored(saved, ctx.strides) for saved in (input, input2))
+    input, input2 = (layout.restored(saved, ctx.strides) for saved in (input, input2))
     mean, invstd = _batch_statistics(input, ctx.eps, mean, invstd)
     mean2, invstd2 = _batch_statistics(input2, ctx.eps2, mean2, invstd2)
     gradients = _backward_op(
@@ -284,17 +292,21 @@ def _backward_dual_train(ctx, grad_output):
     return tuple(g if needed else None for g, needed in zip(gradients, needs, strict=True))
 
 
-def _save_dual_eval(ctx, inputs, output):
-    input, weight, _, mean, var, input2, weight2, _, mean2, var2, eps, eps2, relu, _ = inputs
+def _save_dual_eval(ctx, inputs, output, recomputed):
+    input, weight, bias, mean, var, input2, weight2, bias2, mean2, var2, eps, eps2, relu, _ = inputs
     ctx.relu, ctx.eps, ctx.eps2 = relu, eps, eps2
+    mean, var, mean2, var2 = map(_copied, (mean, var, mean2, var2))
     ctx.save_for_backward(input, weight, mean, var, input2, weight2, mean2, var2, output[1] if relu else None)
+    if recomputed:
+        branch, branch2 = (input, weight, _copied(bias), mean, var), (input2, weight2, _copied(bias2), mean2, var2)
+        recomputation.note_dual_eval(output[0], branch, branch2, eps, eps2, relu)
 
 
 def _backward_dual_eval(ctx, grad_output):
     input, weight, mean, var, input2, weight2, mean2, var2, mask = ctx.saved_tensors
     flags = ctx.needs_input_grad
     needs = (*flags[0:3], *flags[5:8])
-    input, input2 = (_restored(saved, ctx.strides) for saved in (input, input2))
+    input, input2 = (layout.restored(saved, ctx.strides) for saved in (input, input2))
     gradients = _backward_op(
         "dual_batch_norm_add_relu_eval_backward",
         grad_output,
@@ -319,13 +331,18 @@ def _backward_dual_eval(ctx, grad_output):
 # relu(input + residual) -------------------------------------------------------------------------------------------
 
 
-def _save_add_relu(ctx, inputs, output):
+def _save_add_relu(ctx, inputs, output, recomputed):
     ctx.save_for_backward(output[1])
 
 
 def _backward_add_relu(ctx, grad_output):
     (mask,) = ctx.saved_tensors
-    grad = _backward_op("add_relu_backward", _restored(grad_output, ctx.strides), mask)
+    if is_legacy_batchedtensor(grad_output):  # a batch of gradients, whose layout nobody may ask for
+        like = torch.empty_strided(grad_output.shape, ctx.strides, dtype=grad_output.dtype, device="meta")
+        keep = layout.unflat(layout.unpack(mask, grad_output.numel()), like)
+        grad = torch.where(keep, grad_output, torch.zeros_like(grad_output))
+    else:
+        grad = _backward_op("add_relu_backward", layout.restored(grad_output, ctx.strides), mask)
     needs_input, needs_residual, _ = ctx.needs_input_grad
     return grad if needs_input else None, grad if needs_residual else None
 
@@ -354,24 +371,14 @@ THROUGH_REFERENCE = [
 FUNCTIONS = {formula.name: formula.function() for formula in FORMULAS}
 
 
-def _written(*running) -> None:
-    """Tells autograd that running statistics changed: a backward that saved them must raise, not go on with others.
-
-    The dispatcher does that for torch's operators alone.
-    """
-    torch.autograd.graph.increment_version([statistic for statistic in running if statistic is not None])
-
-
 def _train_with_update(ctx, input, weight, bias, residual, settings):
     eps, relu, save_mask, running_mean, running_var, momentum = settings
     output, mean, invstd, mask = _TRAIN_WITH_UPDATE(
         input, weight, bias, residual, running_mean, running_var, momentum, eps, relu, save_mask
     )
-    _written(running_mean, running_var)
     if ctx is not None:
-        ctx.strides = input.stride()
         inputs = (input, weight, bias, residual, eps, relu, save_mask)
-        _save_train(ctx, inputs, (output, mean, None, invstd, mask))
+        _save_train(ctx, inputs, (output, mean, None, invstd, mask), recomputation.is_on())
     return output
 
 
@@ -395,14 +402,16 @@ def _dual_train_with_update(ctx, input, weight, bias, input2, weight2, bias2, se
         relu,
         save_mask,
     )
-    _written(running_mean, running_var, running_mean2, running_var2)
     if ctx is not None:
         ctx.strides = input.stride()
         inputs = (input, weight, bias, input2, weight2, bias2, eps, eps2, relu, save_mask)
-        _save_dual_train(ctx, inputs, (output, mean, None, invstd, mean2, None, invstd2, mask))
+        _save_dual_train(ctx, inputs, (output, mean, None, invstd, mean2, None, invstd2, mask), recomputation.is_on())
     return output
 
 
+# Running statistics change without a word to autograd, as in torch's own batch_norm: a BatchNorm that torch and the
+# fused operator call in one step would otherwise refuse its backward. Our own evaluation saved copies.
+#
 # Training in eager: None or the context of an autograd.Function, the tensors that may have a gradient, then one tuple
 # of the settings of the functional operator and of running mean, running variance and momentum of each branch.
 WITH_UPDATE = {
@@ -414,6 +423,32 @@ FUNCTIONS_WITH_UPDATE = {
     for formula in FORMULAS
     if formula.name in WITH_UPDATE
 }
+
+
+class MaxPool2d(torch.autograd.Function):
+    """Max pooling whose backward runs the forward again for its indices, which take 8 bytes an output each."""
+
+    @staticmethod
+    def forward(ctx, input: Tensor, arguments: tuple) -> Tensor:
+        """``arguments`` are those of :func:`torch.nn.functional.max_pool2d` after the input."""
+        ctx.arguments = arguments
+        ctx.save_for_backward(input)
+        return F.max_pool2d(input, *arguments)
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor):
+        """torch's own, with indices that are the same for the same input."""
+        (input,) = ctx.saved_tensors
+        kernel_size, stride, *others = ctx.arguments
+        arguments = kernel_size, [] if stride is None else stride, *others
+        input = input.detach()  # it decides where a gradient goes, and has none of its own
+        _, indices = torch.ops.aten.max_pool2d_with_indices.default(input, *map(_pair, arguments[:-1]), arguments[-1])
+        backward = torch.ops.aten.max_pool2d_with_indices_backward.default
+        return backward(grad_output, input, *map(_pair, arguments[:-1]), arguments[-1], indices), None
+
+
+def _pair(value):
+    return [value, value] if isinstance(value, int) else list(value)
 
 
 def _save_inputs(ctx, inputs, output) -> None:
@@ -464,8 +499,9 @@ class _AutogradLibrary(torch.library.Library):
 
     def impl(self, op_name, fn, dispatch_key="", **options):
         def kernel(keyset, *args, **kwargs):
-            transformed = torch._C._functorch.peek_interpreter_stack() is not None
-            if transformed or (forward_ad._current_level >= 0 and any(map(_has_tangent, (*args, *kwargs.values())))):
+            if peek_interpreter_stack() is not None or (
+                forward_ad._current_level >= 0 and any(map(_has_tangent, (*args, *kwargs.values())))
+            ):
                 return getattr(reference, op_name)(*args, **kwargs)
             return fn(keyset, *args, **kwargs)
 

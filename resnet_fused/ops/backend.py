@@ -41,7 +41,8 @@ def backend(name: str) -> Iterator[None]:
     """Chooses the backend of the calls inside: ``"auto"``, ``"compiled"``, ``"triton"`` or ``"reference"``, plain torch
     operations.
 
-    What torch.compile compiles keeps the choice of the moment it was traced.
+    What torch.compile compiles keeps the choice of the moment it was traced. A thread that is started inside has the
+    choice of the environment, as with every context variable.
 
     Raises:
         ValueError: ``name`` is no backend.
@@ -185,8 +186,13 @@ def is_fused(input: Tensor) -> bool:
             if choice != "auto":
                 raise RuntimeError(f"the backend {choice!r} was asked for, but {serving(device, choice)[1]}")
             return False
-    # functorch's transforms and forward-mode AD differentiate torch's operations, not ours.
-    if not compiling and (peek_interpreter_stack() is not None or forward_ad._current_level >= 0):
+    # functorch's transforms and forward-mode AD differentiate torch's operations, not ours; torch.jit.trace records
+    # them.
+    if not compiling and (
+        peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    ):
         return False
     kind = type(input)
     return compiling or kind is Tensor or kind is torch.nn.Parameter or not _is_wrapper(input)

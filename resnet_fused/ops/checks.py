@@ -65,13 +65,22 @@ def per_channel(vector: Tensor | None, name: str, input: Tensor) -> None:
     same_device(vector, name, input)
 
 
-def statistics(vector: Tensor, name: str, input: Tensor) -> None:
-    """``vector`` is (C,) and of the dtype of the statistics of ``input``."""
-    per_channel(vector, name, input)
-    dtype = layout.statistics_dtype(input.dtype)
+def one_dtype(*vectors: Tensor | None) -> None:
+    """The vectors of one normalization have one dtype, as torch wants it."""
+    dtypes = [vector.dtype for vector in vectors if vector is not None]
+    for dtype in dtypes[1:]:
+        torch._check(
+            dtype == dtypes[0],
+            lambda: f"weight, bias and running statistics must have one dtype, got {_name(dtypes[0])} and "
+            f"{_name(dtype)}",  # noqa: B023  (called at once)
+        )
+
+
+def more_than_one_value(input: Tensor) -> None:
+    """torch makes no statistics of one value a channel."""
     torch._check(
-        vector.dtype == dtype,
-        lambda: f"{name} must be {_name(dtype)} for {_name(input.dtype)} input, got {_name(vector.dtype)}",
+        input.numel() != input.shape[1],
+        lambda: f"Expected more than 1 value per channel when training, got input size {list(input.shape)}",
     )
 
 

@@ -37,7 +37,7 @@ def batch_norm_statistics(input):
 def batch_norm_add_relu_apply(input, weight, bias, residual, mean, invstd, relu, save_mask):
     checks.batch_norm(input, weight, bias, residual)
     checks.per_channel(mean, "mean", input)
-    checks.statistics(invstd, "invstd", input)
+    checks.per_channel(invstd, "invstd", input)
     return _like(input), _mask(relu and save_mask and residual is not None, input)
 
 
@@ -105,6 +105,7 @@ def batch_norm_add_relu_eval(input, weight, bias, residual, running_mean, runnin
     checks.batch_norm(input, weight, bias, residual)
     checks.per_channel(running_mean, "running_mean", input)
     checks.per_channel(running_var, "running_var", input)
+    checks.one_dtype(weight, bias, running_mean, running_var)
     return _like(input), _mask(relu and save_mask and residual is not None, input)
 
 
@@ -206,6 +207,8 @@ def dual_batch_norm_add_relu_eval(
         ("running_var2", running_var2),
     ):
         checks.per_channel(vector, name, input)
+    checks.one_dtype(weight, bias, running_mean, running_var)
+    checks.one_dtype(weight2, bias2, running_mean2, running_var2)
     return _like(input), _mask(relu and save_mask, input)
 
 
@@ -269,6 +272,8 @@ def batch_norm_add_relu_train_with_update(
     input, weight, bias, residual, running_mean, running_var, momentum, eps, relu, save_mask
 ):
     _check_running(input, running_mean=running_mean, running_var=running_var)
+    checks.one_dtype(weight, bias, running_mean, running_var)
+    checks.more_than_one_value(input)
     output, mean, _, invstd, mask = batch_norm_add_relu_train(input, weight, bias, residual, eps, relu, save_mask)
     return output, mean, invstd, mask
 
@@ -293,6 +298,9 @@ def dual_batch_norm_add_relu_train_with_update(
 ):
     _check_running(input, running_mean=running_mean, running_var=running_var)
     _check_running(input, running_mean2=running_mean2, running_var2=running_var2)
+    checks.one_dtype(weight, bias, running_mean, running_var)
+    checks.one_dtype(weight2, bias2, running_mean2, running_var2)
+    checks.more_than_one_value(input)
     output, mean, _, invstd, mean2, _, invstd2, mask = dual_batch_norm_add_relu_train(
         input, weight, bias, input2, weight2, bias2, eps, eps2, relu, save_mask
     )

@@ -37,6 +37,13 @@ def dense(input: Tensor, like: Tensor) -> Tensor:
     return input.contiguous(memory_format=suggest_memory_format(like))
 
 
+def restored(saved: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """A saved tensor in the layout that it had: saved-tensor hooks such as ``save_on_cpu`` may change it."""
+    if saved.stride() == strides:
+        return saved
+    return dense(saved, torch.empty_strided(saved.shape, strides, dtype=saved.dtype, device="meta"))
+
+
 def rows(input: Tensor) -> Tensor:
     """(N, C, *) as (outer, inner) rows in memory order; copies where ``input`` has gaps."""
     batch, channels, positions = *input.shape[:2], _positions(input)

@@ -14,6 +14,7 @@ import pathlib
 
 import torch
 
+CPU_CAPABILITIES = ("default", "avx2", "avx512")
 _PACKAGE = pathlib.Path(__file__).resolve().parent.parent
 EMULATED = os.environ.get("RESNET_FUSED_EMULATED") or None
 
@@ -36,8 +37,12 @@ def load() -> None:
 
     Raises:
         ImportError: the package is not built, or the emulated library was asked for and cannot run.
+        ValueError: ``RESNET_FUSED_CPU_CAPABILITY`` is no instruction set.
     """
     global _why_no_cuda, _definitions
+    asked = os.environ.get("RESNET_FUSED_CPU_CAPABILITY") or "avx512"
+    if asked not in CPU_CAPABILITIES:
+        raise ValueError(f"RESNET_FUSED_CPU_CAPABILITY must be one of {', '.join(CPU_CAPABILITIES)}, got {asked!r}")
     if _SCHEMAS.is_file() and not path("_ops").is_file():
         _definitions = torch.library.Library("resnet_fused", "DEF")
         for schema in _SCHEMAS.read_text(encoding="utf-8").splitlines():

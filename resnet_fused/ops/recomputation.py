@@ -1,0 +1,520 @@
+"""Recomputation of normalized activations: a graph keeps how the output of a fused operator is made, not the output.
+
+A convolution saves its input for its backward. Where that is the output of a fused operator, it can be made again, to
+the bit, from tensors that the backward of the operator keeps anyway: its own input and the statistics. Inside
+:class:`recompute` torch's saved-tensor hooks see everything that is saved; what they recognize as such an output
+becomes a use of its recipe.
+
+    Kept     a tensor that stays, and the version it had: torch checks versions only where there are no hooks
+    Packed   what the hooks around ours made of a tensor (``save_on_cpu``, activation checkpointing)
+    Recipe   the operator, its operands (each of the three), and its vectors of channels
+    _Use     one who will ask for the value of a Packed or a Recipe: a node of the graph, or a recipe above
+    _Owner   what keeps a recipe until somebody uses it: among the tensors that the operator itself saved
+
+A value is made when the first use asks for it, stays while others have yet to ask, and at most until the backward ends.
+Nothing here refers to an output or to a node, so that a graph is freed by reference counts alone.
+"""
+
+import contextlib
+import math
+import threading
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from . import layout
+from .dispatch import below_autograd
+
+_top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+_push_hooks = torch._C._autograd._push_saved_tensors_default_hooks
+_pop_hooks = torch._C._autograd._pop_saved_tensors_default_hooks
+_LIBRARY = torch.ops.resnet_fused
+
+# A chain of recipes no longer than this is made at once and held. Of a longer one the nearest stretch is held, of about
+# the square root of its length, and as many anchors to make the others from: each is made twice at most.
+HELD_CHAIN = 8
+
+COMPILED = "torch.compile decides what is kept and what is made again"
+
+# Reentrant, for the garbage collector may run the end of a use while it is held.
+_lock = threading.RLock()
+
+
+class Kept:
+    """A tensor that stays for the backward, with the version that it must still have then."""
+
+    __slots__ = ("__weakref__", "tensor", "version")
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+        self.version = tensor._version
+
+    def take(self) -> Tensor:
+        """The tensor.
+
+        Raises:
+            RuntimeError: it was changed in place; torch's own error, in its words.
+        """
+        version = self.tensor._version
+        if version != self.version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"[{self.tensor.type()} {list(self.tensor.shape)}] is at version {version}; expected version "
+                f"{self.version} instead. Hint: enable anomaly detection to find the operation that failed to compute "
+                "its gradient, with torch.autograd.set_detect_anomaly(True)."
+            )
+        return self.tensor
+
+
+class _Use:
+    """One who asks for a value, in each backward once; ``view`` is size, stride and offset of a part of it."""
+
+    __slots__ = ("source", "view")
+
+    def __init__(self, source: "_Shared", view: tuple | None = None):
+        self.source = source
+        self.view = view
+        with _lock:
+            source.uses.add(id(self))
+
+    def take(self) -> Tensor:
+        """The value."""
+        value = self.source.value_for(self)
+        return value if self.view is None else value.as_strided(*self.view)
+
+    def __del__(self):
+        source = getattr(self, "source", None)
+        if source is not None:
+            with _lock:
+                source.uses.discard(id(self))
+                source.served(self)
+
+
+class _Shared:
+    """A value with several uses, made for the first of them."""
+
+    __slots__ = ("__weakref__", "outer", "uses", "value", "waiting")
+
+    def __init__(self, outer: tuple[Callable, Callable] | None):
+        self.outer = outer
+        self.uses: set[int] = set()
+        self.waiting: set[int] = set()
+        self.value: Tensor | None = None
+
+    def value_for(self, use: _Use) -> Tensor:
+        raise NotImplementedError
+
+    def hold(self, value: Tensor) -> None:
+        """Keeps a value until all present uses are served, outside of a backward not at all."""
+        if len(self.uses) <= 1 or torch._C._current_graph_task_id() == -1:
+            return  # the one who asked has it
+        with _lock:
+            self.value, self.waiting = value, set(self.uses)
+        reference = weakref.ref(self)
+
+        def end_of_backward():
+            source = reference()
+            if source is not None:
+                source.value = None
+
+        # A backward of a part of the graph serves a part of the uses.
+        torch.autograd.Variable._execution_engine.queue_callback(end_of_backward)
+
+    def served(self, use: _Use) -> None:
+        """Notes that a use has its value, or will never ask."""
+        with _lock:
+            self.waiting.discard(id(use))
+            if not self.waiting:
+                self.value = None
+
+
+class Packed(_Shared):
+    """What the hooks around ours made of a tensor. A backward asks them for it once: checkpointing insists on that."""
+
+    __slots__ = ("packed", "storage")
+
+    def __init__(self, tensor: Tensor, outer: tuple[Callable, Callable]):
+        super().__init__(outer)
+        # As long as it lives, no other storage is given the address that this is found by.
+        self.storage = StorageWeakRef(tensor.untyped_storage())
+        self.packed = outer[0](tensor)
+
+    def value_for(self, use: _Use) -> Tensor:
+        """The tensor, from the hooks or from the last time they were asked."""
+        value = self.value
+        if value is None:
+            value = self.outer[1](self.packed)
+            self.hold(value)
+        self.served(use)
+        return value
+
+
+class Recipe(_Shared):
+    """How the output of a fused operator is made.
+
+    Attributes:
+        run: makes it from the operands and the vectors.
+        operands, vectors: what it is made of, each None, a Kept or a use of something else.
+        strides: of the first operand, whose layout the output takes over.
+        version: of the output, when it is what the recipe makes.
+        thinned: whether it was made for a long chain and not held, so that it stands between two anchors.
+    """
+
+    __slots__ = ("dtype", "operands", "output", "run", "storage", "strides", "thinned", "vectors", "version")
+
+    def __init__(self, output: Tensor, outer, run: Callable, operands: tuple, vectors: tuple, strides: tuple[int, ...]):
+        super().__init__(outer)
+        self.run, self.operands, self.vectors, self.strides = run, operands, vectors, strides
+        self.dtype, self.version = output.dtype, output._version
+        self.storage = StorageWeakRef(output.untyped_storage())
+        self.thinned = False
+        self.output = weakref.ref(output)
+
+    def at_hand(self) -> Tensor | None:
+        """The value where it need not be made: held, or the output itself, which somebody else keeps."""
+        if self.value is not None:
+            return self.value
+        output = self.output()
+        if output is None:
+            return None
+        output._fix_weakref()
+        return output.detach() if output._version == self.version else None
+
+    def value_for(self, use: _Use) -> Tensor:
+        """The value, at hand or made."""
+        value = self.at_hand()
+        if value is None:
+            value = _make(self)
+        self.served(use)
+        return value
+
+    def below(self):
+        """The recipes that this one is made of."""
+        for operand in self.operands:
+            if type(operand) is _Use and type(operand.source) is Recipe:
+                yield operand.source
+
+    def make(self, made: dict["Recipe", Tensor]) -> Tensor:
+        """The value, of operands among those ``made`` where they are recipes."""
+        operands = []
+        for operand in self.operands:
+            if type(operand) is _Use and operand.source in made:
+                value = made[operand.source]
+                operand.source.served(operand)
+                operands.append(value if operand.view is None else value.as_strided(*operand.view))
+            else:
+                operands.append(None if operand is None else operand.take())
+        operands[0] = layout.restored(operands[0], self.strides)
+        vectors = [None if vector is None else vector.take() for vector in self.vectors]
+        with torch.no_grad(), below_autograd():
+            return self.run(operands, vectors)
+
+
+def _make(target: Recipe) -> Tensor:
+    """Makes a recipe and what it is made of, from the bottom up: a network may have hundreds of blocks in a row."""
+    stack, made = [target], {}
+    longest, all_held = 0, target.thinned
+    while True:
+        recipe = stack[-1]
+        for below in recipe.below():
+            if below not in made:
+                value = below.at_hand()
+                if value is None:
+                    stack.append(below)
+                    break
+                made[below] = value
+        else:
+            longest = max(longest, len(stack))
+            stack.pop()
+            value = recipe.make(made)
+            for below in recipe.below():
+                made.pop(below, None)
+            # What is unpacked twice in a backward, checkpointing refuses.
+            recipe.thinned = not (all_held or recipe.outer is not None or _is_held(len(stack), longest))
+            if not recipe.thinned:
+                recipe.hold(value)
+            if not stack:
+                return value
+            made[recipe] = value
+
+
+def _is_held(above: int, longest: int) -> bool:
+    """Whether others find a value of a chain, or make it again; ``above`` are yet to be made of it."""
+    stretch = 1 if longest <= HELD_CHAIN else math.isqrt(longest)
+    return above < stretch or above % stretch == 0
+
+
+class _Owner:
+    """A tensor that an operator saves for its own backward, and the recipe of its output.
+
+    So the recipe lives as long as the operator can run backward, and no longer for an output that somebody keeps.
+    """
+
+    __slots__ = ("kept", "recipe")
+
+    def __init__(self, kept: Kept | _Use, recipe: Recipe):
+        self.kept = kept
+        self.recipe = recipe
+
+    def take(self) -> Tensor:
+        """The tensor."""
+        return self.kept.take()
+
+
+# By the storage of the output, and by what a tensor is in memory.
+_recipes: "weakref.WeakValueDictionary[int, Recipe]" = weakref.WeakValueDictionary()
+_kept: "weakref.WeakValueDictionary[tuple, Kept | Packed]" = weakref.WeakValueDictionary()
+
+
+def recipe_of(tensor: Tensor, outer: tuple[Callable, Callable] | None) -> Recipe | None:
+    """The recipe of the output that ``tensor`` is or is a view of, unless somebody has written to it."""
+    recipe = _recipes.get(tensor.untyped_storage()._cdata)
+    if recipe is None or recipe.version != tensor._version or recipe.dtype != tensor.dtype:
+        return None
+    # What was packed inside checkpointing, say, is not asked for outside of it.
+    return recipe if _identity(recipe.outer) == _identity(outer) else None
+
+
+def _identity(outer) -> int:
+    """Of hooks, as long as they are there: whoever holds what they packed holds them."""
+    return 0 if outer is None else id(outer[0])
+
+
+def _key(tensor: Tensor, outer) -> tuple:
+    storage, view = tensor.untyped_storage()._cdata, (tensor.size(), tensor.stride(), tensor.storage_offset())
+    return storage, _identity(outer), tensor._version, tensor.dtype, view
+
+
+def _link(tensor: Tensor | None, outer, keep: bool = True):
+    """What stands for a tensor in a graph; without ``keep`` None for one that nothing else keeps."""
+    if tensor is None:
+        return None
+    recipe = recipe_of(tensor, outer)
+    if recipe is not None:
+        return _Use(recipe, (tensor.size(), tensor.stride(), tensor.storage_offset()))
+    key = _key(tensor, outer)
+    kept = _kept.get(key)
+    if kept is None:
+        if not keep:
+            return None
+        if tensor.requires_grad:
+            # It may be the output of the node that saves it, whose graph would then keep itself.
+            tensor = tensor.detach()
+        kept = _kept[key] = Kept(tensor) if outer is None else Packed(tensor, outer)
+    return kept if type(kept) is Kept else _Use(kept)
+
+
+def _source(link: Kept | _Use):
+    return link.source if type(link) is _Use else link
+
+
+class _Scope:
+    """Our hooks inside one :class:`recompute`; ``outer`` are those around it, who pack what stays.
+
+    ``pending`` is what an operator is about to save for itself, and the recipe that it shall own.
+    """
+
+    __slots__ = ("outer", "pending")
+
+    def __init__(self, outer: tuple[Callable, Callable] | None):
+        self.outer = outer
+        self.pending: tuple[Kept | Packed, Recipe] | None = None
+
+    def pack(self, tensor: Tensor):
+        try:
+            link = _link(tensor, self.outer)
+            if self.pending is None or _source(link) is not self.pending[0]:
+                return link
+            (_, recipe), self.pending = self.pending, None
+            return _Owner(link, recipe)
+        except (NotImplementedError, RuntimeError):
+            if _has_storage(tensor):
+                raise
+        tensor = tensor.detach()
+        return Kept(tensor) if self.outer is None else _Use(_Opaque(tensor, self.outer))
+
+
+class _Opaque(Packed):
+    """A tensor that has no storage of its own, for the hooks around ours."""
+
+    __slots__ = ()
+
+    def __init__(self, tensor: Tensor, outer: tuple[Callable, Callable]):
+        _Shared.__init__(self, outer)
+        self.packed = outer[0](tensor)
+
+
+def _has_storage(tensor: Tensor) -> bool:
+    """Not so a sparse tensor, nor one of functorch's."""
+    try:
+        tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError):
+        return False
+    return True
+
+
+def _unpack(packed) -> Tensor:
+    return packed.take()
+
+
+def _scope() -> _Scope | None:
+    """The innermost hooks of this thread, where they are ours."""
+    hooks = _top_hooks(False)
+    scope = None if hooks is None else getattr(hooks[0], "__self__", None)
+    return scope if type(scope) is _Scope else None
+
+
+def is_on() -> bool:
+    """Whether the output of a fused operator that runs here and now is recomputed. Inside other hooks it is not."""
+    return not torch.compiler.is_compiling() and _scope() is not None
+
+
+def why_not() -> str | None:
+    """Why nothing is recomputed of what runs here and now; None where it is, or would be inside :class:`recompute`."""
+    if torch.compiler.is_compiling():
+        return COMPILED
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():
+        return "saved-tensor hooks are disabled here"
+    return None
+
+
+class recompute(contextlib.ContextDecorator):
+    """Inside, the outputs of fused operators are not kept for the backward of who uses them, but made again there.
+
+    For a forward of your own with :class:`~resnet_fused.BatchNormAddReLU2d` or the functional operators. The results
+    and gradients are the same to the bit; of a residual network about half of the activations are no longer kept. The
+    convolutions that use an output must run inside too. Applies to the thread it is entered in; may be nested and
+    repeated, and does nothing under torch.compile, which decides on its own.
+
+    Args:
+        enabled: False for a context that changes nothing.
+
+    Example:
+        >>> with resnet_fused.recompute():
+        ...     loss = model(images).sum()
+        >>> loss.backward()
+    """
+
+    def __init__(self, enabled: bool = True):
+        self.enabled = enabled
+        self._entered: list[bool] = []
+
+    def _recreate_cm(self) -> "recompute":
+        return recompute(self.enabled)  # a decorated function may be called in several threads at once
+
+    def __enter__(self) -> "recompute":
+        if torch.compiler.is_compiling():
+            return self
+        wanted = self.enabled and why_not() is None and _scope() is None
+        if wanted:
+            _push_hooks(_Scope(_top_hooks(False)).pack, _unpack)
+        self._entered.append(wanted)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if self._entered.pop():
+            _pop_hooks()
+
+
+# The recipes. Each of these is called by the operator of its name, before autograd saves the tensors given to it. ----
+
+
+def _note(output: Tensor, operands: tuple, vectors: tuple, run: Callable) -> None:
+    scope = _scope()
+    if scope is None:
+        return
+    outer = scope.outer
+    input, second = operands
+    links = [_link(input, outer), None]
+    if second is not None:
+        # The operator keeps no residual. Where nobody else does either, its recipe saves nothing.
+        links[1] = _link(second, outer, keep=run.keeps_both)
+        if links[1] is None:
+            return
+    vectors = tuple(_link(vector, outer) for vector in vectors)
+    recipe = Recipe(output, outer, run, tuple(links), vectors, input.stride())
+    _recipes[recipe.storage.cdata] = recipe
+    # The last vector of the first branch is this call's own, and the operator is about to save it.
+    scope.pending = _source(vectors[3]), recipe
+
+
+class _Run:
+    """An operator with its settings, which makes its output of statistics that are known."""
+
+    __slots__ = ("settings",)
+    keeps_both = False
+
+    def __init__(self, *settings):
+        self.settings = settings
+
+
+class _Apply(_Run):
+    __slots__ = ()
+
+    def __call__(self, operands, vectors):
+        (input, residual), (weight, bias, mean, invstd) = operands, vectors
+        op = _LIBRARY.batch_norm_add_relu_apply.default
+        return op(input, weight, bias, residual, mean, invstd, *self.settings, False)[0]
+
+
+class _Eval(_Run):
+    __slots__ = ()
+
+    def __call__(self, operands, vectors):
+        (input, residual), (weight, bias, mean, var) = operands, vectors
+        op = _LIBRARY.batch_norm_add_relu_eval.default
+        return op(input, weight, bias, residual, mean, var, *self.settings, False)[0]
+
+
+class _DualApply(_Run):
+    """Evaluation with scales in place of weights and a variance of one: scale / sqrt(1 + 0) is the scale."""
+
+    __slots__ = ()
+    keeps_both = True
+
+    def __call__(self, operands, vectors):
+        (input, input2), (weight, bias, mean, invstd, weight2, bias2, mean2, invstd2) = operands, vectors
+        one = torch.ones_like(invstd)
+        first, second = _scale(weight, invstd), _scale(weight2, invstd2)
+        bias, bias2 = (None if b is None else b.to(invstd.dtype) for b in (bias, bias2))
+        op = _LIBRARY.dual_batch_norm_add_relu_eval.default
+        return op(input, first, bias, mean, one, input2, second, bias2, mean2, one, 0.0, 0.0, *self.settings, False)[0]
+
+
+class _DualEval(_Run):
+    __slots__ = ()
+    keeps_both = True
+
+    def __call__(self, operands, vectors):
+        op = _LIBRARY.dual_batch_norm_add_relu_eval.default
+        return op(operands[0], *vectors[:4], operands[1], *vectors[4:], *self.settings, False)[0]
+
+
+def _scale(weight: Tensor | None, invstd: Tensor) -> Tensor:
+    """As the kernels compute it: the product in the dtype of the statistics."""
+    return invstd if weight is None else weight.to(invstd.dtype) * invstd
+
+
+def note_train(output, input, weight, bias, residual, mean, invstd, relu) -> None:
+    """The output of a training forward. ``bias`` is a copy: no backward refuses a bias that was changed."""
+    _note(output, (input, residual), (weight, bias, mean, invstd), _Apply(relu))
+
+
+def note_eval(output, input, weight, bias, residual, running_mean, running_var, eps, relu) -> None:
+    """The output of an evaluation; bias and statistics are copies."""
+    _note(output, (input, residual), (weight, bias, running_mean, running_var), _Eval(eps, relu))
+
+
+def note_dual_train(output, branch, branch2, relu) -> None:
+    """The output of two branches in training: input, weight, bias, mean and invstd of each."""
+    _note(output, (branch[0], branch2[0]), (*branch[1:], *branch2[1:]), _DualApply(relu))
+
+
+def note_dual_eval(output, branch, branch2, eps, eps2, relu) -> None:
+    """The output of two branches in evaluation: input, weight, bias, running mean and variance of each."""
+    _note(output, (branch[0], branch2[0]), (*branch[1:], *branch2[1:]), _DualEval(eps, eps2, relu))
