@@ -40,6 +40,7 @@ ORDERED_TESTS ?= $(addprefix tests/test_,$(addsuffix .py,forward backward determ
 TRITON_TESTS ?= $(addprefix tests/test_,$(addsuffix .py,adversarial backward determinism errors forward functorch layout modules \
   opcheck torch_samples))
 TRITON_SAMPLE ?= 5/23
+PTX_TESTS ?= $(TRITON_TESTS) tests/test_gradcheck.py
 PTX_SAMPLE ?= 3/13
 # A script that prints Inductor's source without a GPU, for the comparison.
 INDUCTOR ?= ../shared/inductor_source.py
@@ -63,7 +64,6 @@ help:
 	@echo "make audit   torch-abi-audit on the libraries"
 	@echo "make emulated       the CUDA library for CPU tensors under the emulator, in build/emulated"
 	@echo "make test-emulated  the operators' tests on it, with its checks of memory, races and initialisation"
-	@echo "make test-triton    a sample of the operators' tests on the Triton kernels, interpreted and compiled"
 	@echo "make traffic        bytes that each CUDA operator moves, counted by the emulator, as JSON"
 	@echo "make static         registers, spills, shared memory and widest access of each CUDA kernel"
 	@echo "make test-triton    the operators' tests on the Triton kernels, interpreted and from their PTX under the emulator"
@@ -136,11 +136,6 @@ test-emulated: $(BUILT)
 	$(if $(HAVE_EMULATOR),for order in $(ORDERS); do CUDA_ON_CPU_SEED=$$order \
 	  $(EMULATE) $(BIN)/python -m pytest -n 2 -q -r f --backend emulated --sample $$order/5 $(ORDERED_TESTS) $(ARGS); done)
 
-test-triton: $(BUILT)
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --backend triton --sample $(TRITON_SAMPLE) $(TRITON_TESTS) $(ARGS)
-	$(if $(HAVE_EMULATOR),PYTHONPATH=$(dir $(EMULATOR)) OMP_NUM_THREADS=1 \
-	  $(BIN)/python -m pytest -n 2 --backend ptx --sample $(PTX_SAMPLE) $(TRITON_TESTS) $(ARGS))
-
 traffic: emulated
 	$(subst THREADS=1,THREADS=$(shell nproc),$(EMULATE)) $(BIN)/python tools/traffic.py $(ARGS)
 
@@ -151,7 +146,7 @@ test-triton: $(BUILT)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --backend triton tests/test_triton.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --backend triton --sample $(TRITON_SAMPLE) $(TRITON_TESTS) $(ARGS)
 	$(if $(HAVE_EMULATOR),$(WITH_EMULATOR) $(BIN)/python -m pytest -n 2 --backend ptx tests/test_triton.py)
-	$(if $(HAVE_EMULATOR),$(WITH_EMULATOR) $(BIN)/python -m pytest -n 2 --backend ptx --sample $(PTX_SAMPLE) $(TRITON_TESTS) $(ARGS))
+	$(if $(HAVE_EMULATOR),$(WITH_EMULATOR) $(BIN)/python -m pytest -n 2 --backend ptx --sample $(PTX_SAMPLE) $(PTX_TESTS) $(ARGS))
 
 triton-traffic: $(BUILT)
 	$(WITH_EMULATOR) $(BIN)/python tools/triton_traffic.py $(ARGS)
