@@ -35,15 +35,22 @@ EMULATED_TESTS ?= $(addprefix tests/test_,$(addsuffix .py,adversarial backend ba
 ORDERS ?= 1 2 3
 ORDERED_TESTS ?= $(addprefix tests/test_,$(addsuffix .py,forward backward determinism))
 
-# The Triton kernels in the interpreter, which takes a hundred times as long, and as what Triton compiles, under the emulator.
-TRITON_TESTS ?= $(addprefix tests/test_,$(addsuffix .py,adversarial backward forward gradcheck layout))
-TRITON_SAMPLE ?= 1/25
-PTX_SAMPLE ?= 7/25
+# What runs on the Triton kernels: in Triton's interpreter, and from the PTX that Triton makes under the emulator. Samples, for
+# time; a prime number of tests from one to the next meets every dtype, layout and form. All of them: ARGS='--sample 1/1'.
+TRITON_TESTS ?= $(addprefix tests/test_,$(addsuffix .py,adversarial backward determinism errors forward functorch layout modules \
+  opcheck torch_samples))
+TRITON_SAMPLE ?= 5/23
+PTX_TESTS ?= $(TRITON_TESTS) tests/test_gradcheck.py
+PTX_SAMPLE ?= 3/13
+# A script that prints Inductor's source without a GPU, for the comparison.
+INDUCTOR ?= ../shared/inductor_source.py
 
 HAVE_EMULATOR := $(wildcard $(EMULATOR))
+WITH_EMULATOR = OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $(dir $(EMULATOR)))
 EMULATE = $(if $(HAVE_EMULATOR),CUDA_ON_CPU_THREADS=1 OMP_NUM_THREADS=1 RESNET_FUSED_EMULATED=$(EMULATED) $(EMULATOR))
 
-.PHONY: help setup demo test lint pytest bench wheel test-other-torch test-wheel audit clean emulated test-emulated test-triton traffic static gpu-check
+.PHONY: help setup demo test lint pytest bench wheel test-other-torch test-wheel audit clean emulated test-emulated traffic static gpu-check \
+  test-triton triton-traffic triton-checks comparison
 
 help:
 	@echo "make setup   install the dependencies into $(VENV) and build the libraries"
@@ -57,9 +64,12 @@ help:
 	@echo "make audit   torch-abi-audit on the libraries"
 	@echo "make emulated       the CUDA library for CPU tensors under the emulator, in build/emulated"
 	@echo "make test-emulated  the operators' tests on it, with its checks of memory, races and initialisation"
-	@echo "make test-triton    a sample of the operators' tests on the Triton kernels, interpreted and compiled"
 	@echo "make traffic        bytes that each CUDA operator moves, counted by the emulator, as JSON"
 	@echo "make static         registers, spills, shared memory and widest access of each CUDA kernel"
+	@echo "make test-triton    the operators' tests on the Triton kernels, interpreted and from their PTX under the emulator"
+	@echo "make triton-traffic bytes that each operator's Triton kernels move, as JSON"
+	@echo "make triton-checks  the Triton kernels compiled for four NVIDIA GPUs and one of AMD: registers, spills, accesses"
+	@echo "make comparison     counts docs/comparison.md again: our kernels and those of torch.compile"
 	@echo "make gpu-check      on a machine with a GPU: tests and benchmarks there, and a report"
 
 setup: $(BUILT)
@@ -126,16 +136,26 @@ test-emulated: $(BUILT)
 	$(if $(HAVE_EMULATOR),for order in $(ORDERS); do CUDA_ON_CPU_SEED=$$order \
 	  $(EMULATE) $(BIN)/python -m pytest -n 2 -q -r f --backend emulated --sample $$order/5 $(ORDERED_TESTS) $(ARGS); done)
 
-test-triton: $(BUILT)
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --backend triton --sample $(TRITON_SAMPLE) $(TRITON_TESTS) $(ARGS)
-	$(if $(HAVE_EMULATOR),PYTHONPATH=$(dir $(EMULATOR)) OMP_NUM_THREADS=1 \
-	  $(BIN)/python -m pytest -n 2 --backend ptx --sample $(PTX_SAMPLE) $(TRITON_TESTS) $(ARGS))
-
 traffic: emulated
 	$(subst THREADS=1,THREADS=$(shell nproc),$(EMULATE)) $(BIN)/python tools/traffic.py $(ARGS)
 
 static: $(BUILT)
 	$(BIN)/python tools/static_checks.py $(ARGS)
+
+test-triton: $(BUILT)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --backend triton tests/test_triton.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --backend triton --sample $(TRITON_SAMPLE) $(TRITON_TESTS) $(ARGS)
+	$(if $(HAVE_EMULATOR),$(WITH_EMULATOR) $(BIN)/python -m pytest -n 2 --backend ptx tests/test_triton.py)
+	$(if $(HAVE_EMULATOR),$(WITH_EMULATOR) $(BIN)/python -m pytest -n 2 --backend ptx --sample $(PTX_SAMPLE) $(PTX_TESTS) $(ARGS))
+
+triton-traffic: $(BUILT)
+	$(WITH_EMULATOR) $(BIN)/python tools/triton_traffic.py $(ARGS)
+
+triton-checks: $(BUILT)
+	$(BIN)/python tools/triton_checks.py $(ARGS)
+
+comparison: emulated
+	$(WITH_EMULATOR) $(BIN)/python tools/comparison.py --emulator $(EMULATOR) --inductor $(INDUCTOR) $(ARGS)
 
 gpu-check: $(BUILT)
 	$(BIN)/python tools/gpu_check.py $(ARGS)

@@ -97,7 +97,7 @@ class WithSchemas(build_py):
     """Python files, and the schemas of csrc/ops.cpp as text, which stand in for the library that has them."""
 
     def run(self):
-        """Copies, and writes the schemas beside."""
+        """As setuptools wants it."""
         super().run()
         schemas.write(pathlib.Path(self.build_lib) / "resnet_fused" / "ops" / "schemas.txt")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from resnet_fused import fusion_report, ops
-from resnet_fused.ops import architectures, backend, library
+from resnet_fused.ops import architectures, backend, library, triton_kernels
 
 DEFAULT = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 
@@ -70,9 +70,9 @@ def machine(monkeypatch):
         monkeypatch.setattr(library, "cuda_architectures", lambda: built_for)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: capability)
+        # Triton's part is in test_triton.py.
+        monkeypatch.setattr(triton_kernels, "why_not", lambda device: "Triton is not installed")
 
-    # A GPU that only Triton would reach is not what is pretended.
-    monkeypatch.setattr(backend.triton_kernels, "why_not", lambda device: "no Triton here")
     for cached in (backend._why_not_cuda, backend._serving):
         cached.cache_clear()
     yield pretend

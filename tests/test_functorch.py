@@ -231,6 +231,7 @@ def test_compiled_graph_gives_the_bits_of_eager(layout, training, form, device):
             assert value.stride() == expected[name].stride(), name
 
 
+@pytest.mark.skipif("config.getoption('--backend') == 'ptx'", reason="Triton's graphs have the launches instead")
 def test_compiled_graph_has_the_fused_operators(device):
     from torch._dynamo.testing import AotEagerAndRecordGraphs
 

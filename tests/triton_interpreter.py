@@ -5,11 +5,15 @@ tensor where a mask is missing. Here each rounds as IEEE 754 says and as NVIDIA'
 tensor lies in a buffer of NaN, whose surroundings must be as they were once the kernel is done.
 """
 
+import threading
+
 import numpy as np
 import torch
 
 # Elements on either side: more than a tile has.
 _MARGIN = 16384
+# The interpreter is in one place of one grid.
+_one_launch = threading.Lock()
 
 
 def mend() -> None:
@@ -89,7 +93,8 @@ def guarded(launch):
 
     def among_guards(kernel, grid, warps, arguments):
         guards = {name: _Guarded(value) for name, value in arguments.items() if isinstance(value, torch.Tensor)}
-        launch(kernel, grid, warps, arguments | {name: guard.view for name, guard in guards.items()})
+        with _one_launch:
+            launch(kernel, grid, warps, arguments | {name: guard.view for name, guard in guards.items()})
         for name, guard in guards.items():
             assert guard.is_intact(), f"{kernel.__name__} wrote beside {name}"
             guard.give_back()

@@ -4,12 +4,17 @@ Every access of the compiled kernels is checked against the tensors they were gi
 races between programs among them.
 """
 
+import threading
+
 import cuda_on_cpu
 import torch
 
 _TARGET = "8.0"
 # Of a pretended device: programs that share channels, and few enough to emulate.
 _PROCESSORS = 2
+
+# The emulator knows the buffers of one launch.
+_one_launch = threading.Lock()
 
 # What the emulator counted for each launch, of those who ask.
 launches: list[dict] | None = None
@@ -29,7 +34,8 @@ def begin(processors: int = _PROCESSORS, **options) -> None:
     def launch(kernel, *positional, grid, warmup, num_warps, **arguments):
         arguments |= dict(zip(kernel.arg_names, positional, strict=False))
         grid = grid(arguments) if callable(grid) else tuple(grid)
-        counted = run(offline.Launch(kernel, grid, num_warps, arguments), **options)
+        with _one_launch:
+            counted = run(offline.Launch(kernel, grid, num_warps, arguments), **options)
         if launches is not None:
             launches.append({"name": kernel.__name__} | counted)
 

@@ -1,6 +1,6 @@
 """Counts the bytes that each operator's Triton kernels move, as Triton compiles them, and prints JSON, one call a line.
 
-    make triton-traffic   python tools/triton_traffic.py [--quick] [--dtype bfloat16] [--layout NHWC] [--shape N,C,H,W]
+    make triton-traffic     python tools/triton_traffic.py [--quick] [--dtype bfloat16] [--layout NHWC]
 
 Cases, columns and formulas are those of traffic.py, which counts the CUDA kernels; the grids are an H100's. A call may
 move three hundredths more than the formula of the CUDA kernels, and its vectors, and take three launches.

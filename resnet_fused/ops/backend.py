@@ -1,4 +1,4 @@
-"""Which backend serves a call: the compiled kernels where there are some for the device, Triton where it has some,
+"""Which backend serves a call: the compiled kernels where there are some for the device, Triton's where it has some,
 plain torch elsewhere.
 
 ``RESNET_FUSED_BACKEND`` or :func:`backend` ask for one. Asking for one that cannot run is an error that says why.

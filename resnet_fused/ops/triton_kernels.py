@@ -61,7 +61,7 @@ def may_serve(kind: str) -> bool:
     return built.get(kind, False) and importlib.util.find_spec("triton") is not None
 
 
-# Kernels of the dispatcher --------------------------------------------------------------------------------------------
+# Kernels of the dispatcher.
 
 _serving: dict[str, torch.library.Library] = {}
 
@@ -109,7 +109,7 @@ def _launchers():
     return launchers
 
 
-# torch.compile --------------------------------------------------------------------------------------------------------
+# torch.compile.
 
 
 def _decomposition(name: str) -> Callable:

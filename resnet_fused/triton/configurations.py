@@ -1,8 +1,7 @@
 """How a pass over a tensor is cut into tiles and programs: by its shape alone, without a search.
 
-``RESNET_FUSED_TRITON_AUTOTUNE=1`` has the candidates timed at the first call of each kind, shape, dtype and GPU
-instead. What was found is kept in ``RESNET_FUSED_TRITON_CACHE``, by default ``~/.cache/resnet_fused/triton``, one file
-a GPU.
+``RESNET_FUSED_TRITON_AUTOTUNE=1`` has candidates timed at the first call of each kind, shape, dtype and GPU instead.
+What was found is kept in ``RESNET_FUSED_TRITON_CACHE``, by default ``~/.cache/resnet_fused/triton``, one file a GPU.
 """
 
 import dataclasses

@@ -22,7 +22,7 @@ import triton.language as tl
 MERGED: tl.constexpr = tl.constexpr(8)
 
 
-# Where a program is ---------------------------------------------------------------------------------------------------
+# Where a program is.
 
 
 @triton.jit
@@ -32,15 +32,6 @@ def _along(vector, ROWS: tl.constexpr):
         return vector[None, :]
     else:
         return vector[:, None]
-
-
-@triton.jit
-def _across(vector, ROWS: tl.constexpr):
-    """One value a row or position, as a column or row of tiles."""
-    if ROWS:
-        return vector[:, None]
-    else:
-        return vector[None, :]
 
 
 @triton.jit
@@ -84,7 +75,7 @@ def _mask_place(
     return at, there
 
 
-# Numbers --------------------------------------------------------------------------------------------------------------
+# Numbers.
 
 
 @triton.jit
@@ -154,7 +145,7 @@ def _unpacked(byte, ROWS: tl.constexpr, CHANNELS: tl.constexpr, OTHERS: tl.const
     return tl.reshape(bits, (OUTER, INNER)) != 0
 
 
-# Sums -----------------------------------------------------------------------------------------------------------------
+# Sums.
 
 
 @triton.jit
@@ -238,20 +229,16 @@ def _larger(a, b):
 @triton.jit
 def _sample(x, i, channel, there, count, batch, channels, positions, ROWS: tl.constexpr):
     at = (count - 1) * i // 4
-    if ROWS:
-        at = at * channels + channel
-    else:
-        at = at + channel.to(tl.int64) * positions
+    at = at * channels + channel if ROWS else at + channel.to(tl.int64) * positions
     return _wide(tl.load(x + at, mask=there & (count > 0), other=0.0))
 
 
 @triton.jit
 def _shift(x, channel, there, batch, channels, positions, ROWS: tl.constexpr):
     """A value amid five of a channel: their median, which no single outlier is. Where it is infinite, zero."""
-    if ROWS:
-        count = tl.cast(batch, tl.int64)
-    else:
-        count = tl.cast(tl.cast(batch, tl.int64) > 0, tl.int64) * positions
+    count = tl.cast(batch, tl.int64)
+    if not ROWS:
+        count = tl.cast(count > 0, tl.int64) * positions
     v0 = _sample(x, 0, channel, there, count, batch, channels, positions, ROWS)
     v1 = _sample(x, 1, channel, there, count, batch, channels, positions, ROWS)
     v2 = _sample(x, 2, channel, there, count, batch, channels, positions, ROWS)
@@ -405,7 +392,7 @@ def running_stats_update_kernel(
     _update(running_mean, mean_stride, running_var, var_stride, channel, known, m, v, momentum, count)
 
 
-# The pass that normalizes ---------------------------------------------------------------------------------------------
+# The pass that normalizes.
 
 
 @triton.jit
@@ -504,7 +491,7 @@ def batch_norm_forward_kernel(
     """Normalizes, adds, applies the ReLU, writes the mask: reads every input once and writes the output once."""
     channels, positions = channel_units * CHANNEL_UNIT, position_units * POSITION_UNIT
     TYPE: tl.constexpr = x.dtype.element_ty
-    DOUBLE: tl.constexpr = TYPE == tl.float64
+    DOUBLE: tl.constexpr = tl.float64 == TYPE
     group, program = tl.program_id(0), tl.program_id(1)
     channel = group * CHANNELS + tl.arange(0, CHANNELS)
     known = channel < channels
@@ -578,7 +565,7 @@ def batch_norm_forward_kernel(
             tl.store(mask + at, bits, mask=there)
 
 
-# Backward -------------------------------------------------------------------------------------------------------------
+# Backward.
 
 
 @triton.jit
@@ -664,9 +651,9 @@ def batch_norm_backward_reduce_kernel(
     """
     channels, positions = channel_units * CHANNEL_UNIT, position_units * POSITION_UNIT
     TYPE: tl.constexpr = gradient.dtype.element_ty
-    DOUBLE: tl.constexpr = TYPE == tl.float64
+    DOUBLE: tl.constexpr = tl.float64 == TYPE
     # Float values' sums are compensated: a gradient's sum is often a small rest of large terms.
-    COMPENSATED: tl.constexpr = TYPE == tl.float32
+    COMPENSATED: tl.constexpr = tl.float32 == TYPE
     SUMS: tl.constexpr = 3 if TWO else 2
     SHAPE: tl.constexpr = (OTHERS, CHANNELS) if ROWS else (CHANNELS, OTHERS)
     group, split = tl.program_id(0), tl.program_id(1)
@@ -810,7 +797,7 @@ def batch_norm_finish_sums_kernel(
     only the dtype counts.
     """
     TYPE: tl.constexpr = gradient.dtype.element_ty
-    DOUBLE: tl.constexpr = TYPE == tl.float64
+    DOUBLE: tl.constexpr = tl.float64 == TYPE
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     known = channel < channels
     grad, xmu, xmu2 = _sums(partials, splits, mean, mean2, channel, known, channels, TWO, TYPE, DOUBLE)
@@ -883,7 +870,7 @@ def batch_norm_backward_kernel(
     """
     channels, positions = channel_units * CHANNEL_UNIT, position_units * POSITION_UNIT
     TYPE: tl.constexpr = gradient.dtype.element_ty
-    DOUBLE: tl.constexpr = TYPE == tl.float64
+    DOUBLE: tl.constexpr = tl.float64 == TYPE
     SHAPE: tl.constexpr = (OTHERS, CHANNELS) if ROWS else (CHANNELS, OTHERS)
     group, program = tl.program_id(0), tl.program_id(1)
     channel = group * CHANNELS + tl.arange(0, CHANNELS)
@@ -950,14 +937,13 @@ def batch_norm_backward_kernel(
             result = _input_gradient(kept, difference, slope, offset, scale, CONSTANT)
             tl.store(grad_input + at, result.to(TYPE), mask=there)
         if grad_input2 is not None:
-            if CONSTANT:
-                result = kept * scale2
-            else:
+            result = kept * scale2
+            if not CONSTANT:
                 result = _input_gradient(kept, difference2, slope2, offset, scale2, CONSTANT)
             tl.store(grad_input2 + at, result.to(TYPE), mask=there)
 
 
-# Addition and ReLU ----------------------------------------------------------------------------------------------------
+# Addition and ReLU.
 
 
 @triton.jit

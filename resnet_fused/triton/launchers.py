@@ -54,7 +54,7 @@ def _on(input: Tensor):
     return contextlib.nullcontext()
 
 
-# Tensors --------------------------------------------------------------------------------------------------------------
+# Tensors.
 
 
 def _problem(input: Tensor) -> Problem:
@@ -69,7 +69,15 @@ def _problem(input: Tensor) -> Problem:
 
 
 def _like(input: Tensor) -> Tensor:
-    return torch.empty_like(input, memory_format=layout.suggest_memory_format(input))
+    """A new tensor without gaps. Not by empty_like, which Inductor takes for a tensor to be filled."""
+    innermost_first = list(range(input.dim()))[::-1]
+    if layout.suggest_memory_format(input) != torch.contiguous_format:
+        innermost_first.insert(0, innermost_first.pop(-2))
+    strides, step = [0] * input.dim(), 1
+    for d in innermost_first:
+        strides[d] = step
+        step *= max(input.shape[d], 1)
+    return input.new_empty_strided(input.shape, strides)
 
 
 def _statistic(input: Tensor) -> Tensor:
@@ -157,7 +165,7 @@ def _merged(partials: Tensor) -> Tensor:
     return merged
 
 
-# Forward passes -------------------------------------------------------------------------------------------------------
+# Forward passes.
 
 
 def _statistics_pass(problem: Problem, *inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -247,8 +255,8 @@ def _train(
             branch.mean, branch.var, branch.invstd = (_statistic(x) for _ in range(3))
         if problem.channels:
             partials, shifts = _statistics_pass(problem, *(branch.input for branch in branches))
-            for i, branch in enumerate(branches):
-                branch.partials, branch.shifts = partials[i], shifts[i]
+            for branch, of_branch, shift in zip(branches, partials.unbind(0), shifts.unbind(0), strict=True):
+                branch.partials, branch.shifts = of_branch, shift
         second = branches[1] if len(branches) == 2 else None
         return _forward_pass(problem, branches[0], second, residual, relu, save_mask)
 
@@ -263,7 +271,7 @@ def _apply(first: _Branch, second: _Branch | None, residual: Tensor | None, relu
         return _forward_pass(_problem(first.input), first, second, residual, relu, save_mask)
 
 
-# Checks that the forward operators share ------------------------------------------------------------------------------
+# Checks that the forward operators share.
 
 
 def _check_one_dtype(*vectors: Tensor | None) -> None:
@@ -299,7 +307,7 @@ def _check_vectors(input, **vectors):
         checks.per_channel(vector, name, input)
 
 
-# Forward operators ----------------------------------------------------------------------------------------------------
+# Forward operators.
 
 
 def batch_norm_add_relu_train(input, weight, bias, residual, eps, relu, save_mask):
@@ -424,7 +432,7 @@ def batch_norm_statistics(input):
     return mean, var
 
 
-# Backward passes ------------------------------------------------------------------------------------------------------
+# Backward passes.
 
 
 class _Backward:
@@ -596,7 +604,7 @@ def _check_backward(grad_output, input, weight, bias, mean, spread):
     checks.per_channel(spread, "invstd or running_var", input)
 
 
-# Backward operators ---------------------------------------------------------------------------------------------------
+# Backward operators.
 
 
 def _backward_of_one(run, call, weight, bias, needs):
@@ -709,7 +717,7 @@ def batch_norm_add_relu_backward_apply(
     return results
 
 
-# Addition and running statistics --------------------------------------------------------------------------------------
+# Addition and running statistics.
 
 
 def _block(tensor: Tensor) -> tuple[dict, tuple[int]]:
