@@ -57,6 +57,12 @@ inline void check_input(const Tensor& input) {
   STD_TORCH_CHECK(input.dim() >= 2, "input must have at least 2 dimensions (N, C, ...), got shape ", shape_text(input));
 }
 
+// torch makes no statistics of one value, nor, with a weight, of no channels: functional.py then leaves the word to it.
+inline void check_count(const Tensor& input) {
+  STD_TORCH_CHECK(input.numel() != input.size(1),
+                  "Expected more than 1 value per channel when training, got input size ", shape_text(input));
+}
+
 inline void check_same(const Tensor& other, const char* name, const Tensor& input) {
   bool same = other.dim() == input.dim();
   for (int64_t d = 0; same && d < input.dim(); ++d) same = other.size(d) == input.size(d);

@@ -38,7 +38,8 @@ def pytest_configure(config):
 
     if backend_name == "cuda":
         config.why_not = backend.why_not_compiled(torch.device("cuda"))
-    if config.why_not and os.environ.get("RESNET_FUSED_REQUIRE_EMULATION") == "1" and backend_name == "emulated":
+    required = os.environ.get("RESNET_FUSED_REQUIRE_EMULATION") == "1" and backend_name in ("emulated", "triton", "ptx")
+    if config.why_not and required:
         pytest.exit(f"RESNET_FUSED_REQUIRE_EMULATION=1, but {config.why_not}", returncode=1)
 
 

@@ -1,5 +1,11 @@
 """What the emulator shows beyond values: the same bits in any order of blocks and warps."""
 
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
 import oracle
 import pytest
 import torch
@@ -46,3 +52,34 @@ def test_any_number_of_threads_gives_the_same_bits(threads, device):
     with cuda_on_cpu.settings(threads=threads):
         for name, value in oracle.fused(case).items():
             assert torch.equal(value, expected[name]), name
+
+
+# In front of the emulator's: a device of which others hold a part, so that not all blocks are resident.
+REFUSAL = """
+int refused;
+int cudaLaunchCooperativeKernel() { return ++refused, 720; }  /* cudaErrorCooperativeLaunchTooLarge */
+"""
+REFUSED = """
+import ctypes, pathlib, sys
+sys.path.insert(0, TESTS)
+import oracle, torch
+refused = ctypes.c_int.in_dll(ctypes.CDLL(SHIM), "refused")
+for layout in ("contiguous", "channels_last"):
+    case = oracle.make_case((4, 64, 16, 16), torch.float32, torch.device("cpu"), "bn_add_relu", layout=layout)
+    oracle.check(case)
+print(refused.value)
+"""
+
+
+def test_streaming_kernels_take_over_where_a_cooperative_launch_is_refused(tmp_path):
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    shim = tmp_path / "shim.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-x", "c", "-", "-o", shim], input=REFUSAL, text=True, check=True)
+    program = REFUSED.replace("TESTS", repr(str(pathlib.Path(__file__).parent))).replace("SHIM", repr(str(shim)))
+    environment = os.environ | {"LD_PRELOAD": f"{shim}:{os.environ['LD_PRELOAD']}", "RESNET_FUSED_ON_CHIP": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 4, "nothing was to be launched so"

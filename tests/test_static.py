@@ -31,6 +31,7 @@ def test_a_good_kernel_has_no_fault():
     [
         ({"spills": 3}, "3 instructions go to local memory"),
         ({"stack": 8}, "has 8 bytes of stack"),
+        ({"shared": 20480}, "has 20480 bytes of shared memory, more than kOwnShared of csrc/cuda/device.h"),
         ({"registers": 72}, "72 registers leave an SM 768 threads, fewer than 1024"),
         ({"load": 8}, "reads no more than 8 bytes at once"),
         ({"store": 4}, "writes no more than 4 bytes at once"),
@@ -38,6 +39,11 @@ def test_a_good_kernel_has_no_fault():
 )
 def test_faults(changes, fault):
     assert _faults(**changes) == [fault]
+
+
+def test_own_shared_memory_is_what_launches_count_with():
+    (kibibytes,) = re.findall(r"kOwnShared = (\d+) \* 1024;", (ROOT / "csrc" / "cuda" / "device.h").read_text())
+    assert int(kibibytes) << 10 == static.OWN_SHARED
 
 
 def test_a_kernel_that_reduces_stores_no_tensor():

@@ -28,8 +28,10 @@ FLAGS = (
     "-Werror all-warnings",
     "-Xcompiler -fPIC",
     "-Xcompiler -fvisibility=hidden",
-    # A product and a sum are fused where the code says so.
+    # A product and a sum are fused where the code says so: by the compiler of the host, by that of the device, and by
+    # ptxas, which the emulator of PTX does not see.
     "-Xcompiler -ffp-contract=off",
+    "--fmad=false",
     "-Xcompiler -Wall",
     "-Xcompiler -Wextra",
     "-Xcompiler -Werror",

@@ -45,6 +45,8 @@ ARCHITECTURES = {
     "10.0": Multiprocessor(2048, 32, 228 << 10),
     "12.0": Multiprocessor(1536, 24, 100 << 10),
 }
+# kOwnShared of csrc/cuda/device.h: with no more than this, a launch knows when it has to ask for dynamic shared memory.
+OWN_SHARED = 16 << 10
 SIZES = {"double": 8, "float": 4}  # any other type has two bytes
 
 
@@ -95,6 +97,8 @@ class Kernel:
             found.append(f"{self.spills} instructions go to local memory")
         if self.stack:
             found.append(f"has {self.stack} bytes of stack")
+        if self.shared > OWN_SHARED:
+            found.append(f"has {self.shared} bytes of shared memory, more than kOwnShared of csrc/cuda/device.h")
         half = ARCHITECTURES[self.architecture].threads // 2
         if self.threads < half:
             found.append(f"{self.registers} registers leave an SM {self.threads} threads, fewer than {half}")

@@ -69,12 +69,6 @@ void check_eval_dtypes(const MaybeTensor& weight, const MaybeTensor& bias, const
   check_one_dtype({&weight, &bias, &mean, &var});
 }
 
-// torch makes no statistics of one value.
-void check_count(const Tensor& input) {
-  STD_TORCH_CHECK(input.numel() != input.size(1),
-                  "Expected more than 1 value per channel when training, got input size ", shape_text(input));
-}
-
 // Statistics and normalization.
 template <typename T>
 void run_training(const ForwardArguments<T>& arguments, Branch<T>& branch, Branch<T>* branch2) {

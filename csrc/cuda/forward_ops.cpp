@@ -144,12 +144,6 @@ void check_eval_dtypes(const MaybeTensor& weight, const MaybeTensor& bias, const
   check_one_dtype({&weight, &bias, &mean, &var});
 }
 
-// torch makes no statistics of one value.
-void check_count(const Tensor& input) {
-  STD_TORCH_CHECK(input.numel() != input.size(1),
-                  "Expected more than 1 value per channel when training, got input size ", shape_text(input));
-}
-
 // What running statistics must be for an update: of the shape of weight and bias, and of their dtype.
 void check_update(const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias,
                   const MaybeTensor& running_mean, const MaybeTensor& running_var, const char* mean_name,

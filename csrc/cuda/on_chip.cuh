@@ -45,6 +45,17 @@ struct OnChip {
   SumsPlan plan;
 };
 
+// Launches a kernel of which all blocks are resident. False where there is no room for them after all: what the
+// occupancy says is of the whole device, and a share of it (MPS, green contexts) holds fewer.
+inline bool launch_cooperative(const void* kernel, const SumsPlan& plan, void** arguments, const Launch& launch,
+                               cudaError_t& error) {
+  error = cudaLaunchCooperativeKernel(kernel, dim3(plan.grid), dim3(plan.block), arguments,
+                                      static_cast<size_t>(plan.shared_bytes), launch.stream);
+  if (error != cudaErrorCooperativeLaunchTooLarge) return true;
+  cudaGetLastError();  // the streaming kernels are launched in its place
+  return false;
+}
+
 // The plan for a kernel that keeps `packs` accesses of 16 bytes for each place: with as many blocks to an SM as hold
 // the tensor.
 inline OnChip plan_on_chip(const Shape& shape, int sums, int v, int unroll, int group, int packs, const void* kernel) {

@@ -153,9 +153,7 @@ bool launch_on_chip_backward(Dtype dtype, const ReduceArguments& reduce, const L
   error = allocate_scratch(plan, 1, launch);
   if (error != cudaSuccess) return true;
   void* arguments[] = {const_cast<ReduceArguments*>(&reduce), &plan.walk};
-  error = cudaLaunchCooperativeKernel(address_of(kernel), dim3(plan.grid), dim3(plan.block), arguments,
-                                      static_cast<size_t>(plan.shared_bytes), launch.stream);
-  return true;
+  return launch_cooperative(address_of(kernel), plan, arguments, launch, error);
 }
 
 }  // namespace resnet_fused::cuda

@@ -150,9 +150,7 @@ bool launch_on_chip_forward(Dtype dtype, const StatisticsArguments& statistics, 
   if (error != cudaSuccess) return true;
   void* arguments[] = {const_cast<StatisticsArguments*>(&statistics), const_cast<ForwardArguments*>(&forward),
                        &plan.walk};
-  error = cudaLaunchCooperativeKernel(address_of(kernel), dim3(plan.grid), dim3(plan.block), arguments,
-                                      static_cast<size_t>(plan.shared_bytes), launch.stream);
-  return true;
+  return launch_cooperative(address_of(kernel), plan, arguments, launch, error);
 }
 
 }  // namespace resnet_fused::cuda

@@ -121,7 +121,8 @@ cudaError_t launch_statistics(Dtype dtype, const StatisticsArguments& arguments,
   const int group = size_of(dtype) == 2 ? 8 : 4;
   SumsPlan plan =
       plan_sums(shape, kSums, choice.v, choice.unroll, group, arguments.branches, address_of(choice.kernel));
-  cudaError_t error = allocate_scratch(plan, arguments.branches, launch);
+  cudaError_t error = allow_shared(address_of(choice.kernel), plan.shared_bytes);
+  if (error == cudaSuccess) error = allocate_scratch(plan, arguments.branches, launch);
   if (error != cudaSuccess) return error;
   const dim3 grid(plan.grid, static_cast<unsigned>(arguments.branches));
   choice.kernel<<<grid, plan.block, static_cast<size_t>(plan.shared_bytes), launch.stream>>>(arguments, plan.walk);

@@ -77,7 +77,7 @@ def one_dtype(*vectors: Tensor | None) -> None:
 
 
 def more_than_one_value(input: Tensor) -> None:
-    """torch makes no statistics of one value a channel."""
+    """torch makes no statistics of one value a channel, nor, with a weight, of no channels."""
     torch._check(
         input.numel() != input.shape[1],
         lambda: f"Expected more than 1 value per channel when training, got input size {list(input.shape)}",

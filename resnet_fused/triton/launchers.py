@@ -289,13 +289,6 @@ def _check_update(input, weight, bias, running_mean, running_var, suffix=""):
     _check_one_dtype(weight, bias, running_mean, running_var)
 
 
-def _check_count(input: Tensor) -> None:
-    torch._check(
-        input.numel() != input.shape[1],
-        lambda: f"Expected more than 1 value per channel when training, got input size {list(input.shape)}",
-    )
-
-
 def _check_second(input, input2, weight2, bias2):
     checks.same_shape(input2, "input2", input)
     checks.per_channel(weight2, "weight2", input)
@@ -322,7 +315,7 @@ def batch_norm_add_relu_train_with_update(
 ):
     checks.batch_norm(input, weight, bias, residual)
     _check_update(input, weight, bias, running_mean, running_var)
-    _check_count(input)
+    checks.more_than_one_value(input)
     branch = _Branch(input, weight, bias, eps=eps, momentum=momentum)
     branch.running_mean, branch.running_var = running_mean, running_var
     output, mask = _train((branch,), residual, relu, save_mask)
@@ -359,7 +352,7 @@ def dual_batch_norm_add_relu_train_with_update(
     _check_update(input, weight, bias, running_mean, running_var)
     _check_second(input, input2, weight2, bias2)
     _check_update(input, weight2, bias2, running_mean2, running_var2, "2")
-    _check_count(input)
+    checks.more_than_one_value(input)
     first = _Branch(input, weight, bias, eps=eps, momentum=momentum)
     second = _Branch(input2, weight2, bias2, eps=eps2, momentum=momentum2)
     first.running_mean, first.running_var = running_mean, running_var
