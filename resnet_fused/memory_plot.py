@@ -17,6 +17,7 @@ STYLES = {
     "eager": {"color": "#e69f00", "linewidth": 4.0},
     "fused": {"color": "#0b4f8a", "linewidth": 1.3, "linestyle": "--"},
     "fused + recompute": {"color": "#0b4f8a", "linewidth": 2.0},
+    "fused + recompute, convolutions too": {"color": "#009e73", "linewidth": 1.6, "linestyle": "-."},
 }
 
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import bypass, functional
-from .ops.recomputation import recompute
+from .ops import recomputation
 
 
 def batch_norm_add_relu(bn: nn.BatchNorm2d, input: Tensor, residual: Tensor | None = None, relu: bool = True) -> Tensor:
@@ -211,13 +211,13 @@ def _conv(
 class _Block(nn.Module):
     """What both blocks share: the shortcut, and the end of the block in the order of the paper."""
 
-    recompute = False
+    recompute: bool | str = False
 
     def forward(self, x: Tensor) -> Tensor:
         """The block's result; raises what its convolutions and :func:`batch_norm_add_relu` raise."""
         if not self.recompute:
             return self._forward(x)
-        with recompute():
+        with recomputation.recompute.as_asked(self.recompute):
             return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
@@ -225,7 +225,7 @@ class _Block(nn.Module):
 
     def extra_repr(self) -> str:
         """What is not as by default."""
-        return "recompute=True" if self.recompute else ""
+        return f"recompute={self.recompute!r}" if self.recompute else ""
 
     def _make_shortcut(self, in_channels: int, out_channels: int, stride: int, **factory) -> nn.Sequential:
         if stride == 1 and in_channels == out_channels:
@@ -257,8 +257,9 @@ class FusedResidualBlock(_Block):
             shapes of the state_dict are the same in both orders, so choose the order that the weights were trained
             with.
         zero_init_residual: start with a bn2 of zero weight, so that the block starts as relu(shortcut(x)).
-        recompute: whether activations are made again in backward (:class:`resnet_fused.recompute`); an attribute that
-            may be changed at any time.
+        recompute: whether activations are made again in backward (:class:`resnet_fused.recompute`), and with
+            "convolutions" also the output of a 1x1 convolution that is larger than its input; an attribute that may be
+            changed at any time.
 
     Shape:
         (N, in_channels, H, W) to (N, out_channels, ceil(H / stride), ceil(W / stride)); memory format as the
@@ -275,12 +276,12 @@ class FusedResidualBlock(_Block):
         *,
         bn2_before_conv2: bool = False,
         zero_init_residual: bool = False,
-        recompute: bool = False,
+        recompute: bool | str = False,
         device=None,
         dtype=None,
     ):
         super().__init__()
-        self.recompute = recompute
+        self.recompute = recomputation.checked(recompute)
         factory = {"device": device, "dtype": dtype}
         self.bn2_before_conv2 = bn2_before_conv2
         self.conv1 = _conv(in_channels, out_channels, 3, stride, **factory)
@@ -323,8 +324,9 @@ class FusedBottleneck(_Block):
         base_width: channels of a group for every 64 of ``channels`` (ResNeXt, Wide ResNet).
         dilation: of conv2.
         zero_init_residual: start with a bn3 of zero weight, so that the block starts as relu(shortcut(x)).
-        recompute: whether activations are made again in backward (:class:`resnet_fused.recompute`); an attribute that
-            may be changed at any time.
+        recompute: whether activations are made again in backward (:class:`resnet_fused.recompute`), and with
+            "convolutions" also the output of a 1x1 convolution that is larger than its input; an attribute that may be
+            changed at any time.
 
     Shape:
         (N, in_channels, H, W) to (N, 4 channels, ceil(H / stride), ceil(W / stride)).
@@ -342,12 +344,12 @@ class FusedBottleneck(_Block):
         dilation: int = 1,
         *,
         zero_init_residual: bool = False,
-        recompute: bool = False,
+        recompute: bool | str = False,
         device=None,
         dtype=None,
     ):
         super().__init__()
-        self.recompute = recompute
+        self.recompute = recomputation.checked(recompute)
         factory = {"device": device, "dtype": dtype}
         width = int(channels * (base_width / 64.0)) * groups
         out_channels = channels * self.expansion

@@ -37,7 +37,7 @@ class Fused:
     _fusion_base: type[nn.Module]
     _fusion_family: type["Fused"]
     _fusion_plan: Any
-    _fusion_recompute: bool
+    _fusion_recompute: bool | str
     # Those that replace methods of the base, in vain where the instance has its own.
     _fusion_methods: tuple[str, ...] = ("forward",)
 
@@ -82,17 +82,19 @@ def check_class(cls: type[nn.Module]) -> None:
 
 
 @functools.cache
-def fused_class(family: type[Fused], base: type[nn.Module], plan, recompute: bool = False) -> type[nn.Module]:
+def fused_class(family: type[Fused], base: type[nn.Module], plan, recompute: bool | str = False) -> type[nn.Module]:
     """The subclass of ``base`` with the forward of ``family``; always the same for the same arguments.
 
     Args:
         plan: what the forward needs to know beyond the class; hashable, and picklable if models are to be.
-        recompute: whether activations are made again in backward.
+        recompute: whether activations are made again in backward, as :func:`resnet_fused.fuse` takes it.
     """
     members = family._fusion_members(plan)
     if recompute:
         own = {name: members.get(name, vars(family).get(name)) for name in family._fusion_methods}
-        members = members | {name: _recomputing(method) for name, method in own.items() if method is not None}
+        members = members | {
+            name: _recomputing(method, recompute) for name, method in own.items() if method is not None
+        }
     members |= {"_fusion_base": base, "_fusion_family": family, "_fusion_plan": plan, "_fusion_recompute": recompute}
     # The name of the original, so that printing a fused model reads as before.
     members |= {"__module__": __name__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
@@ -104,15 +106,15 @@ def is_fused(module: nn.Module) -> bool:
     return "_fusion_base" in vars(type(module))
 
 
-def _recomputing(method: types.FunctionType) -> types.FunctionType:
+def _recomputing(method: types.FunctionType, recompute: bool | str) -> types.FunctionType:
     @functools.wraps(method)
     def run(self, *arguments, **named):
-        with recomputation():
+        with recomputation.as_asked(recompute):
             return method(self, *arguments, **named)
 
     return run
 
 
-def _new(family: type[Fused], base: type[nn.Module], plan, recompute: bool = False) -> nn.Module:
+def _new(family: type[Fused], base: type[nn.Module], plan, recompute: bool | str = False) -> nn.Module:
     cls = fused_class(family, base, plan, recompute)
     return cls.__new__(cls)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from torch import jit, nn
 
+from ..ops.recomputation import checked
 from . import residual_block, torchvision_resnet
 from .classes import Fused, Refused, check_class, fused_class, is_fused
 
@@ -17,7 +18,7 @@ FAMILIES = (torchvision_resnet, residual_block)
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def fuse(model: Model, recompute: bool = False) -> Model:
+def fuse(model: Model, recompute: bool | str = False) -> Model:
     """Lets the residual blocks of ``model`` run on fused operators; changes it in place and returns it.
 
     Only the classes of blocks (and of a torchvision ResNet, for its stem) change, to subclasses with a fused forward.
@@ -38,13 +39,16 @@ def fuse(model: Model, recompute: bool = False) -> Model:
     Args:
         model: changed in place.
         recompute: whether the fused forwards run inside :class:`resnet_fused.recompute`: activations are not kept for
-            the backward but made again there. Blocks that are not fused, and FusedResidualBlock and FusedBottleneck,
-            which have a setting of their own, stay as they are.
+            the backward but made again there; with "convolutions" also the outputs of 1x1 convolutions that are larger
+            than their inputs, for which these run again. Blocks that are not fused, and FusedResidualBlock and
+            FusedBottleneck, which have a setting of their own, stay as they are.
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``, is a ScriptModule, or it or a part of it is compiled already.
+        ValueError: ``recompute`` is none of True, False and "convolutions".
     """
     _check(model)
+    checked(recompute)
     for module in model.modules():
         if is_fused(module):
             cls = type(module)

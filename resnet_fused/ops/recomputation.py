@@ -15,6 +15,7 @@ A value is made when the first use asks for it, stays while others have yet to a
 Nothing here refers to an output or to a node, so that a graph is freed by reference counts alone.
 """
 
+import collections
 import contextlib
 import math
 import threading
@@ -36,6 +37,9 @@ _LIBRARY = torch.ops.resnet_fused
 # A chain of recipes no longer than this is made at once and held. Of a longer one the nearest stretch is held, of about
 # the square root of its length, and as many anchors to make the others from: each is made twice at most.
 HELD_CHAIN = 8
+
+# What ``recompute`` may be beside True and False: that, and convolutions.
+CONVOLUTIONS = "convolutions"
 
 COMPILED = "torch.compile decides what is kept and what is made again"
 
@@ -156,7 +160,8 @@ class Recipe(_Shared):
     """How the output of a fused operator is made.
 
     Attributes:
-        run: makes it from the operands and the vectors.
+        run: makes it from the operands and the vectors; ``is_large`` where it is made once more for its own use rather
+            than held since it was made for a value above.
         operands, vectors: what it is made of, each None, a Kept or a use of something else.
         strides: of the first operand, whose layout the output takes over.
         version: of the output, when it is what the recipe makes.
@@ -234,7 +239,7 @@ def _make(target: Recipe) -> Tensor:
                 made.pop(below, None)
             # What is unpacked twice in a backward, checkpointing refuses.
             recipe.thinned = not (all_held or recipe.outer is not None or _is_held(len(stack), longest))
-            if not recipe.thinned:
+            if not (recipe.thinned or (stack and recipe.outer is None and recipe.run.is_large)):
                 recipe.hold(value)
             if not stack:
                 return value
@@ -311,19 +316,23 @@ def _source(link: Kept | _Use):
     return link.source if type(link) is _Use else link
 
 
-class _Scope:
+class Scope:
     """Our hooks inside one :class:`recompute`; ``outer`` are those around it, who pack what stays.
 
-    ``pending`` is what an operator is about to save for itself, and the recipe that it shall own.
+    ``pending`` is what an operator is about to save for itself, and the recipe that it shall own. ``convolutions`` are
+    the recipes of the last ones, which live on with whoever saves their outputs.
     """
 
-    __slots__ = ("outer", "pending")
+    __slots__ = ("convolutions", "outer", "pending")
 
     def __init__(self, outer: tuple[Callable, Callable] | None):
         self.outer = outer
         self.pending: tuple[Kept | Packed, Recipe] | None = None
+        # Of a block's end and of its projection shortcut, before an operator takes both.
+        self.convolutions: collections.deque[Recipe] = collections.deque(maxlen=4)
 
     def pack(self, tensor: Tensor):
+        """What stands in a graph for a tensor that is saved."""
         try:
             link = _link(tensor, self.outer)
             if self.pending is None or _source(link) is not self.pending[0]:
@@ -360,11 +369,11 @@ def _unpack(packed) -> Tensor:
     return packed.take()
 
 
-def _scope() -> _Scope | None:
+def _scope() -> Scope | None:
     """The innermost hooks of this thread, where they are ours."""
     hooks = _top_hooks(False)
     scope = None if hooks is None else getattr(hooks[0], "__self__", None)
-    return scope if type(scope) is _Scope else None
+    return scope if type(scope) is Scope else None
 
 
 def is_on() -> bool:
@@ -381,6 +390,17 @@ def why_not() -> str | None:
     return None
 
 
+def checked(recompute: bool | str) -> bool | str:
+    """What blocks and :func:`resnet_fused.fuse` take.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if recompute not in (True, False, CONVOLUTIONS):
+        raise ValueError(f"recompute must be True, False or {CONVOLUTIONS!r}, got {recompute!r}")
+    return recompute
+
+
 class recompute(contextlib.ContextDecorator):
     """Inside, the outputs of fused operators are not kept for the backward of who uses them, but made again there.
 
@@ -391,6 +411,10 @@ class recompute(contextlib.ContextDecorator):
 
     Args:
         enabled: False for a context that changes nothing.
+        convolutions: whether 1x1 convolutions whose output is larger than their input run again too, such as the last
+            one of a bottleneck. Their outputs are two thirds of what a bottleneck keeps otherwise. Each runs again
+            twice at most in a chain of up to 8 blocks. Where convolutions are not deterministic (some of cuDNN's are
+            not), neither is what they make again.
 
     Example:
         >>> with resnet_fused.recompute():
@@ -398,26 +422,47 @@ class recompute(contextlib.ContextDecorator):
         >>> loss.backward()
     """
 
-    def __init__(self, enabled: bool = True):
+    def __init__(self, enabled: bool = True, *, convolutions: bool = False):
         self.enabled = enabled
-        self._entered: list[bool] = []
+        self.convolutions = convolutions
+        self._entered: list[tuple[bool, contextlib.AbstractContextManager | None]] = []
+
+    @classmethod
+    def as_asked(cls, recompute: bool | str) -> "recompute":
+        """The context for the ``recompute`` of a block or of :func:`resnet_fused.fuse`."""
+        return cls(bool(recompute), convolutions=recompute == CONVOLUTIONS)
 
     def _recreate_cm(self) -> "recompute":
-        return recompute(self.enabled)  # a decorated function may be called in several threads at once
+        # A decorated function may be called in several threads at once.
+        return recompute(self.enabled, convolutions=self.convolutions)
 
     def __enter__(self) -> "recompute":
         if torch.compiler.is_compiling():
             return self
         wanted = self.enabled and why_not() is None and _scope() is None
         if wanted:
-            _push_hooks(_Scope(_top_hooks(False)).pack, _unpack)
-        self._entered.append(wanted)
+            _push_hooks(Scope(_top_hooks(False)).pack, _unpack)
+        self._entered.append((wanted, self._watched_convolutions()))
         return self
+
+    def _watched_convolutions(self) -> contextlib.AbstractContextManager | None:
+        scope = _scope()
+        if not (self.enabled and self.convolutions) or scope is None:
+            return None
+        from .recomputed_convolutions import RecomputedConvolutions
+
+        watching = RecomputedConvolutions(scope)
+        watching.__enter__()
+        return watching
 
     def __exit__(self, *exception) -> None:
         if torch.compiler.is_compiling():
             return
-        if self._entered.pop():
+        hooks, watching = self._entered.pop()
+        if watching is not None:
+            watching.__exit__(*exception)
+            watching.scope.convolutions.clear()
+        if hooks:
             _pop_hooks()
 
 
@@ -443,11 +488,21 @@ def _note(output: Tensor, operands: tuple, vectors: tuple, run: Callable) -> Non
     scope.pending = _source(vectors[3]), recipe
 
 
+def note_convolution(scope: Scope, output, input, weight, bias, run: Callable) -> None:
+    """The output of a convolution, which ``run`` makes of (input, None) and (weight, bias)."""
+    outer = scope.outer
+    links = _link(input, outer), None
+    recipe = Recipe(output, outer, run, links, tuple(_link(v, outer) for v in (weight, bias)), input.stride())
+    _recipes[recipe.storage.cdata] = recipe
+    scope.convolutions.append(recipe)
+
+
 class _Run:
     """An operator with its settings, which makes its output of statistics that are known."""
 
     __slots__ = ("settings",)
     keeps_both = False
+    is_large = False
 
     def __init__(self, *settings):
         self.settings = settings

@@ -1,0 +1,62 @@
+"""Recomputation one level deeper: outputs of convolutions that are cheap to run again.
+
+A 1x1 convolution whose output is larger than its input, such as the last one of a bottleneck, has its input in the
+graph anyway. Its output, which BatchNorm saves, is then made again from that: two thirds of what recomputing the
+normalized activations leaves of a bottleneck. The price is that convolution again, once for the block's output and once
+for its BatchNorm: of a ResNet-50's bottleneck it is a quarter of the multiplications.
+
+The convolution is found by what it calls, so that it may be any module or function.
+"""
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch.overrides import TorchFunctionMode
+
+from .recomputation import Scope, note_convolution
+
+# Not those of other libraries, whose storage need not be where their values are.
+_TENSORS = (Tensor, FakeTensor)
+
+
+class _Convolve:
+    """A convolution with its settings, in the dtype that it had: autocast may have cast what it was given."""
+
+    __slots__ = ("dtype", "settings")
+    # Of a chain of block outputs each is made of one of these: held, they would be what was not to be kept.
+    is_large = True
+
+    def __init__(self, dtype: torch.dtype, settings: tuple):
+        self.dtype = dtype
+        self.settings = settings
+
+    def __call__(self, operands, vectors) -> Tensor:
+        input, weight, bias = (None if t is None else t.to(self.dtype) for t in (operands[0], *vectors))
+        return torch.conv2d(input, weight, bias, *self.settings)
+
+
+def _arguments(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    return input, weight, bias, (stride, padding, dilation, groups)
+
+
+class RecomputedConvolutions(TorchFunctionMode):
+    """Inside, the output of a 1x1 convolution that is larger than its input is made again in the backward.
+
+    Args:
+        scope: the hooks of :class:`resnet_fused.recompute` that see what is saved.
+    """
+
+    def __init__(self, scope: Scope):
+        super().__init__()
+        self.scope = scope
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        if func is torch.conv2d:
+            self._note(output, *_arguments(*args, **(kwargs or {})))
+        return output
+
+    def _note(self, output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple) -> None:
+        cheap = weight.shape[2:] == (1, 1) and output.numel() > input.numel()
+        if cheap and output.requires_grad and type(output) in _TENSORS and type(input) in _TENSORS:
+            note_convolution(self.scope, output, input, weight, bias, _Convolve(output.dtype, settings))
