@@ -17,9 +17,9 @@ from . import device
 from .check import assert_no_worse, assert_same_training_step
 from .operator import LAYOUTS
 
-# recompute: fused, with activations made again in the backward. checkpoint: eager, every block of it under
-# torch.utils.checkpoint, the usual way to keep less.
-VARIANTS = ("eager", "fused", "recompute", "checkpoint", "compile")
+# recompute: fused, with activations made again in the backward, and then the wide 1x1 convolutions too. checkpoint:
+# eager, every block of it under torch.utils.checkpoint, the usual way to keep less.
+VARIANTS = ("eager", "fused", "recompute", "recompute convolutions", "checkpoint", "compile")
 INFERENCE_VARIANTS = ("eager", "fused", "compile")
 
 # (block, channels in, planes, stride, input size), at 224x224 images: the first block of a stage and a later one.
@@ -83,6 +83,7 @@ class Network:
         make = {
             "fused": fuse,
             "recompute": lambda copied: fuse(copied, recompute=True),
+            "recompute convolutions": lambda copied: fuse(copied, recompute="convolutions"),
             "checkpoint": _checkpointed,
             "compile": lambda copied: copied,
         }

@@ -919,3 +919,44 @@ def test_a_pool_that_gives_indices_or_has_a_hook_is_called():
         model.maxpool.register_forward_hook(lambda m, i, o: called.append(o.shape))
     assert_same_step(kept, recomputed)
     assert len(called) == 2
+
+
+# Wrappers ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recompute", [True, "convolutions"])
+def test_distributed_data_parallel(recompute):
+    """Its hooks see gradients that are the same to the bit, and the gradients are reduced."""
+    from torch import distributed
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+    model = randomized(cut(resnet.Bottleneck))
+    kept, recomputed = fuse(copy.deepcopy(model)), fuse(copy.deepcopy(model), recompute=recompute)
+    x = images()
+    expected = gradients(kept, x)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(recomputed)
+        seen = []
+
+        def note(state, bucket):
+            seen.append(bucket.buffer().numel())
+            return allreduce_hook(None, bucket)
+
+        wrapped.register_comm_hook(None, note)
+        assert_same(gradients(recomputed, x, lambda _, x: loss_of(wrapped, x).backward()), expected)
+    finally:
+        distributed.destroy_process_group()
+    assert sum(seen) == sum(p.numel() for p in recomputed.parameters())
+
+
+@pytest.mark.parametrize("recompute", [True, "convolutions"])
+def test_export(recompute):
+    """What is exported is what would be without recomputation."""
+    model = cut(resnet.Bottleneck).eval()
+    kept, recomputed = fuse(copy.deepcopy(model)), fuse(copy.deepcopy(model), recompute=recompute)
+    x = images()
+    programs = [torch.export.export(m, (x,)) for m in (kept, recomputed)]
+    names = [[str(node.target) for node in program.graph.nodes] for program in programs]
+    assert names[0] == names[1]
+    assert torch.equal(programs[1].module()(x), kept(x))
