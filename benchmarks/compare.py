@@ -135,7 +135,7 @@ def network_rows(comparison: Comparison) -> Iterator[list]:
     for variant, samples in comparison.samples.items():
         row = [variant, 1e3 * statistics.median(samples), comparison.ratio(variant, "eager")]
         for bytes_of, eager in zip(comparison.bytes[variant] or (), comparison.bytes["eager"] or (), strict=False):
-            row += [bytes_of / 1e6, bytes_of / eager]
+            row += [None, None] if bytes_of is None else [bytes_of / 1e6, bytes_of / eager]
         yield [*row, *[None] * (len(NETWORK_HEADERS) - 1 - len(row)), len(samples)]
 
 

@@ -249,7 +249,9 @@ def test_compiled_graph_has_the_fused_operators(device):
         assert not [target for target in targets if "native_batch_norm" in target]
 
 
-def test_inductor(device):
+def test_inductor(device, backend_name):
+    if backend_name == "ptx":
+        pytest.skip("Inductor has no Triton for CPU tensors")
     torch.compiler.reset()
     case = oracle.make_case((2, 9, 5, 3), torch.float32, device)
 
