@@ -91,6 +91,8 @@ def predict(model: nn.Module, images: Tensor, momentum: bool = True) -> Step:
 def _logits(output) -> Tensor:
     """The tensor of a model's output: GoogLeNet and others return several in training."""
     while not isinstance(output, Tensor):
+        if not output or not isinstance(output, dict | list | tuple):
+            raise TypeError(f"the model returns no tensor but a {type(output).__name__}")
         output = next(iter(output.values() if isinstance(output, dict) else output))
     return output.flatten(1).float()
 
@@ -169,7 +171,7 @@ def run(settings: Settings) -> dict[str, Step]:
     """Predicts the step of each variant, prints the table and writes the plot.
 
     Raises:
-        ModelError: there is no such model, or it does not train on such images.
+        ModelError: there is no such model, it does not train on such images, or the plot cannot be written.
     """
     model = build(settings.model)
 
@@ -192,10 +194,19 @@ def run(settings: Settings) -> dict[str, Step]:
         from . import memory_plot
 
         path = pathlib.Path(settings.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        memory_plot.write(path, _title(settings), steps, settings.memory)
+        try:
+            if path.is_dir():
+                raise IsADirectoryError("it is a folder")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            memory_plot.write(path, _title(settings), steps, settings.memory)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"the plot cannot be written to {path}: {error}") from error
         print(f"\nmemory over the step: {path}")
     return steps
+
+
+def _number(batch: int) -> str:
+    return f"{batch} or more" if batch >= _LARGEST else str(batch or "none")
 
 
 def _title(settings: Settings) -> str:
@@ -214,7 +225,7 @@ def render(settings: Settings, steps: dict[str, Step], largest: dict[str, int]) 
     ]
     if largest:
         headers.append(f"largest batch in {settings.memory / 1e9:.4g} GB")
-        rows = [[*row, largest[row[0]] or "none"] for row in rows]
+        rows = [[*row, _number(largest[row[0]])] for row in rows]
     lines = [
         _title(settings),
         "",

@@ -861,11 +861,17 @@ def test_contexts_nest_and_end_with_an_error():
 
 def test_without_gradients_nothing_is_noted():
     _, model = pair()
+    kept = []
+    model.layer1[0].register_forward_hook(lambda module, arguments, output: kept.append(output))
     with torch.no_grad(), recompute():
         model(images())
     with torch.inference_mode(), recompute():
         model(images())
+    assert len(kept) == 2
     assert not recomputation._recipes
+    with recompute():
+        model(images())
+    assert recomputation._recipes
 
 
 def test_sparse_tensors_are_saved_as_they_are():
@@ -906,6 +912,16 @@ def test_max_pooling_without_indices(arguments, channels_last, dtype):
     assert saved[1] == x.numel() * x.element_size() < saved[0]
 
 
+def test_max_pooling_with_numbers_of_other_kinds():
+    numpy = pytest.importorskip("numpy")
+    for two in (numpy.int64(2), torch.tensor(2)):
+        x = images(8).requires_grad_()
+        expected, ours = (
+            torch.autograd.grad(pool(x, two).square().sum(), x)[0] for pool in (F.max_pool2d, functional.max_pool2d)
+        )
+        assert torch.equal(ours, expected)
+
+
 def test_max_pooling_twice_differentiable():
     x = torch.randn(1, 2, 6, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda x: functional.max_pool2d(x.square(), 2), x)
@@ -919,6 +935,43 @@ def test_a_pool_that_gives_indices_or_has_a_hook_is_called():
         model.maxpool.register_forward_hook(lambda m, i, o: called.append(o.shape))
     assert_same_step(kept, recomputed)
     assert len(called) == 2
+
+
+def test_conjugates_and_negatives_are_not_what_they_are_views_of():
+    """Lazy views of the same memory, with other values."""
+
+    def step(enabled):
+        x = torch.randn(4, 8, requires_grad=True)
+        with recompute(enabled):
+            spectrum = torch.fft.rfft(x)
+            loss = (spectrum * spectrum.conj()).real.square().sum() + (spectrum.imag * spectrum.conj().imag).sum()
+        return torch.autograd.grad(loss, x)[0]
+
+    gradient = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        gradient.append(step(enabled))
+    assert torch.equal(*gradient)
+
+
+def test_data_exchanged_between_two_forwards():
+    """The storage that x gave away may be another tensor's later, of the same address; the gradients are x's."""
+    conv = nn.Conv2d(3, 3, 1)
+
+    def step(exchanged):
+        torch.manual_seed(0)
+        conv.zero_grad()
+        x = torch.randn(2, 3, 64, 64)
+        with recompute(exchanged):
+            loss = conv(x).sum()
+            if exchanged:
+                x.data = torch.zeros(2, 3, 64, 64)
+            for _ in range(8):
+                loss = loss + conv(torch.randn(2, 3, 64, 64)).square().sum()
+        loss.backward()
+        return conv.weight.grad.clone()
+
+    assert torch.equal(step(True), step(False))
 
 
 # Wrappers ------------------------------------------------------------------------------------------------------------
@@ -948,6 +1001,28 @@ def test_distributed_data_parallel(recompute):
     finally:
         distributed.destroy_process_group()
     assert sum(seen) == sum(p.numel() for p in recomputed.parameters())
+
+
+def test_fully_sharded_data_parallel():
+    """It frees the parameters of a block after its forward; a later block's backward makes that block's output."""
+    from torch import distributed
+    from torch.distributed.fsdp import fully_shard
+
+    def run(recompute):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(FusedBottleneck(16, 4, recompute=recompute) for _ in range(4)))
+        mesh = distributed.init_device_mesh("cpu", (1,))
+        for block in model:
+            fully_shard(block, mesh=mesh, reshard_after_forward=True)
+        fully_shard(model, mesh=mesh)
+        model(torch.randn(2, 16, 8, 8)).square().sum().backward()
+        return [p.grad.full_tensor() for p in model.parameters()]
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        assert_same(run(True), run(False))
+    finally:
+        distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("recompute", [True, "convolutions"])

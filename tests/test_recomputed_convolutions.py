@@ -1,5 +1,6 @@
 """recompute="convolutions": outputs of wide 1x1 convolutions are made again too, with the same bits."""
 
+import contextlib
 import copy
 import gc
 import pickle
@@ -90,14 +91,13 @@ def test_a_forward_of_ones_own_with_a_bias():
     assert calls.count == 2 + 2
 
 
-# Shares of eager's at 224x224 and batch 64; README.md has them: 0.248 of the saved bytes, 0.428 of the peak. Above what
-# stands before the step, parameters and momentum, it is 0.41.
+# Shares of eager's at 224x224 and batch 64; README.md has them: 0.248 of the saved bytes, 0.402 of the peak.
 def test_saved_bytes_and_peak_as_a_share_of_eager_s():
     settings, model = memory.Settings("resnet50"), resnet.resnet50()
     variants = ("eager", "fused + recompute", "fused + recompute, convolutions too")
     steps = [memory.predict_fake(model, memory.CHANGES[variant], settings, 64) for variant in variants]
     assert steps[2].saved / steps[0].saved <= 0.25
-    assert steps[2].peak / steps[0].peak <= 0.43
+    assert steps[2].peak / steps[0].peak <= 0.41
     assert steps[2].peak < 0.75 * steps[1].peak
 
 
@@ -110,6 +110,32 @@ def test_how_often_convolutions_run_again():
     # Four bottlenecks, and the projection of the first, whose stride is one. The last block's output is not made.
     ends, shortcuts, made_for_others = 4, 1, 2 + 1 + 1
     assert calls.count == ends + shortcuts + made_for_others
+
+
+def test_a_long_chain_of_bottlenecks():
+    """The transient peak stays below what is saved, and convolutions run three times at most."""
+    length = 60
+    model = nn.Sequential(*(FusedBottleneck(16, 4, recompute="convolutions") for _ in range(length)))
+    x = torch.randn(2, 16, 12, 12)
+    with LiveMemory(x, *model.parameters(), *model.buffers()) as memory, Convolutions() as calls:
+        before = memory.bytes
+        loss = model(x).square().sum()
+        saved = memory.bytes - before
+        forward = calls.count
+        loss.backward()
+    assert memory.peak - before - saved < 0.75 * saved
+    assert calls.count - forward <= 3 * length
+
+
+def test_convolutions_after_one_another_run_a_few_times():
+    length = 30
+    convs = nn.Sequential(*(nn.Conv2d(4 + i, 5 + i, 1) for i in range(length)))
+    weight = torch.ones(4 + length, requires_grad=True)
+    with recompute(convolutions=True):
+        loss = functional.batch_norm_add_relu(convs(torch.randn(2, 4, 5, 5)), None, None, weight, training=True).sum()
+    with Convolutions() as calls:
+        loss.backward()
+    assert calls.count <= 2 * length
 
 
 @pytest.mark.parametrize("what", ["conv3.weight", "bn3.weight", "conv2.weight", "downsample.0.weight"])
@@ -256,6 +282,71 @@ def test_an_output_changed_in_place_is_kept():
     assert_same(gradients(recomputed, x, step), gradients(kept, x, step))
 
 
+def test_a_bias_changed_in_place_is_not_refused():
+    """Nor does torch."""
+
+    def step(model, x):
+        with recompute(convolutions=model is recomputed):
+            loss = functional.batch_norm_add_relu(model(x), None, None, training=True).square().sum()
+        with torch.no_grad():
+            model[0].bias.add_(1)
+        loss.backward()
+
+    kept = nn.Sequential(nn.Conv2d(3, 8, 1))
+    recomputed = copy.deepcopy(kept)
+    x = images()
+    assert_same(gradients(recomputed, x, step), gradients(kept, x, step))
+
+
+def test_hooks_that_change_the_layout_of_a_weight():
+    """A contiguous input and a channels_last weight make a channels_last output; the weight comes back contiguous."""
+    conv = nn.Conv2d(3, 8, 1).to(memory_format=torch.channels_last)
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t.contiguous(), lambda t: t)
+
+    def step(model, x):
+        with hooks, recompute(convolutions=model is recomputed):
+            loss = functional.batch_norm_add_relu(conv(x), None, None, training=True).square().sum()
+        loss.backward()
+
+    kept, recomputed = nn.Sequential(conv), nn.Sequential(conv)
+    x = images(7)
+    for ours, theirs in zip(gradients(recomputed, x, step), gradients(kept, x, step), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)  # convolutions may choose another way
+
+
+def test_around_what_is_compiled():
+    kept, recomputed = pair()
+    x = images()
+
+    def step(model, x):
+        with recompute(convolutions=True):
+            loss = loss_of(model, x)
+        loss.backward()
+
+    compiled = [torch.compile(model, fullgraph=True, backend="aot_eager") for model in (recomputed, kept)]
+    assert_same(*(gradients(model, x, step) for model in compiled))
+
+
+def test_opaque_tensors():
+    """They have no storage that a recipe could be found by."""
+    with recompute(convolutions=True):
+        output = torch.conv2d(images().to_mkldnn(), torch.ones(8, 3, 1, 1, requires_grad=True).to_mkldnn())
+    assert output.shape == (4, 8, 24, 24)
+
+
+def test_contexts_inside_each_other_keep_no_more():
+    block = FusedBottleneck(8, 4, recompute="convolutions")
+    x = torch.randn(2, 8, 8, 8)
+    bytes_of = []
+    for depth in (0, 3):
+        with SavedActivations(block) as saved, contextlib.ExitStack() as stack:
+            for _ in range(depth):
+                stack.enter_context(recompute(convolutions=True))
+            block(x)
+        bytes_of.append(saved.bytes)
+    assert bytes_of[0] == bytes_of[1]
+
+
 def test_reported_and_refused():
     _, model = pair()
     report = fusion_report(model)
@@ -264,3 +355,7 @@ def test_reported_and_refused():
         fuse(cut(), recompute="all")
     with pytest.raises(ValueError, match="recompute must be"):
         FusedBottleneck(8, 2, recompute=None)
+    block = FusedBottleneck(8, 2)
+    block.recompute = "convolution"
+    with pytest.raises(ValueError, match="recompute must be"):
+        block(torch.randn(2, 8, 4, 4))

@@ -448,7 +448,7 @@ class MaxPool2d(torch.autograd.Function):
 
 
 def _pair(value):
-    return [value, value] if isinstance(value, int) else list(value)
+    return list(value) if isinstance(value, tuple | list) else [int(value)] * 2
 
 
 def _save_inputs(ctx, inputs, output) -> None:

@@ -163,7 +163,7 @@ class Recipe(_Shared):
         run: makes it from the operands and the vectors; ``is_large`` where it is made once more for its own use rather
             than held since it was made for a value above.
         operands, vectors: what it is made of, each None, a Kept or a use of something else.
-        strides: of the first operand, whose layout the output takes over.
+        strides: of the first operand, whose layout the output takes over, and of the output.
         version: of the output, when it is what the recipe makes.
         thinned: whether it was made for a long chain and not held, so that it stands between two anchors.
     """
@@ -172,7 +172,7 @@ class Recipe(_Shared):
 
     def __init__(self, output: Tensor, outer, run: Callable, operands: tuple, vectors: tuple, strides: tuple[int, ...]):
         super().__init__(outer)
-        self.run, self.operands, self.vectors, self.strides = run, operands, vectors, strides
+        self.run, self.operands, self.vectors, self.strides = run, operands, vectors, (strides, output.stride())
         self.dtype, self.version = output.dtype, output._version
         self.storage = StorageWeakRef(output.untyped_storage())
         self.thinned = False
@@ -197,8 +197,10 @@ class Recipe(_Shared):
         return value
 
     def below(self):
-        """The recipes that this one is made of."""
-        for operand in self.operands:
+        """The recipes that this one is made of, the residual first: of a chain of blocks, each main branch is then made
+        when the block below it is there, and not all of them on the way down.
+        """
+        for operand in reversed(self.operands):
             if type(operand) is _Use and type(operand.source) is Recipe:
                 yield operand.source
 
@@ -212,10 +214,11 @@ class Recipe(_Shared):
                 operands.append(value if operand.view is None else value.as_strided(*operand.view))
             else:
                 operands.append(None if operand is None else operand.take())
-        operands[0] = layout.restored(operands[0], self.strides)
+        operands[0] = layout.restored(operands[0], self.strides[0])
         vectors = [None if vector is None else vector.take() for vector in self.vectors]
         with torch.no_grad(), below_autograd():
-            return self.run(operands, vectors)
+            # A weight that hooks gave back in another layout may give a convolution's output another.
+            return layout.restored(self.run(operands, vectors), self.strides[1])
 
 
 def _make(target: Recipe) -> Tensor:
@@ -239,7 +242,9 @@ def _make(target: Recipe) -> Tensor:
                 made.pop(below, None)
             # What is unpacked twice in a backward, checkpointing refuses.
             recipe.thinned = not (all_held or recipe.outer is not None or _is_held(len(stack), longest))
-            if not (recipe.thinned or (stack and recipe.outer is None and recipe.run.is_large)):
+            # Large ones straight after one another would be made for each above, so that their number is squared.
+            made_once_more = recipe.run.is_large and stack and not stack[-1].run.is_large and recipe.outer is None
+            if not (recipe.thinned or made_once_more):
                 recipe.hold(value)
             if not stack:
                 return value
@@ -279,6 +284,8 @@ def recipe_of(tensor: Tensor, outer: tuple[Callable, Callable] | None) -> Recipe
     recipe = _recipes.get(tensor.untyped_storage()._cdata)
     if recipe is None or recipe.version != tensor._version or recipe.dtype != tensor.dtype:
         return None
+    if tensor.is_conj() or tensor.is_neg():
+        return None  # its values are not those in memory
     # What was packed inside checkpointing, say, is not asked for outside of it.
     return recipe if _identity(recipe.outer) == _identity(outer) else None
 
@@ -290,7 +297,7 @@ def _identity(outer) -> int:
 
 def _key(tensor: Tensor, outer) -> tuple:
     storage, view = tensor.untyped_storage()._cdata, (tensor.size(), tensor.stride(), tensor.storage_offset())
-    return storage, _identity(outer), tensor._version, tensor.dtype, view
+    return storage, _identity(outer), tensor._version, tensor.dtype, tensor.is_conj(), tensor.is_neg(), view
 
 
 def _link(tensor: Tensor | None, outer, keep: bool = True):
@@ -305,9 +312,9 @@ def _link(tensor: Tensor | None, outer, keep: bool = True):
     if kept is None:
         if not keep:
             return None
-        if tensor.requires_grad:
-            # It may be the output of the node that saves it, whose graph would then keep itself.
-            tensor = tensor.detach()
+        # It may be the output of the node that saves it, whose graph would then keep itself; and ``tensor.data = ...``
+        # gives the storage away, whose address is in the key.
+        tensor = tensor.detach()
         kept = _kept[key] = Kept(tensor) if outer is None else Packed(tensor, outer)
     return kept if type(kept) is Kept else _Use(kept)
 
@@ -323,13 +330,14 @@ class Scope:
     the recipes of the last ones, which live on with whoever saves their outputs.
     """
 
-    __slots__ = ("convolutions", "outer", "pending")
+    __slots__ = ("convolutions", "outer", "pending", "watches_convolutions")
 
     def __init__(self, outer: tuple[Callable, Callable] | None):
         self.outer = outer
         self.pending: tuple[Kept | Packed, Recipe] | None = None
         # Of a block's end and of its projection shortcut, before an operator takes both.
         self.convolutions: collections.deque[Recipe] = collections.deque(maxlen=4)
+        self.watches_convolutions = False
 
     def pack(self, tensor: Tensor):
         """What stands in a graph for a tensor that is saved."""
@@ -413,8 +421,9 @@ class recompute(contextlib.ContextDecorator):
         enabled: False for a context that changes nothing.
         convolutions: whether 1x1 convolutions whose output is larger than their input run again too, such as the last
             one of a bottleneck. Their outputs are two thirds of what a bottleneck keeps otherwise. Each runs again
-            twice at most in a chain of up to 8 blocks. Where convolutions are not deterministic (some of cuDNN's are
-            not), neither is what they make again.
+            twice in a chain of up to 6 blocks, and three times at most in a longer one. Its weight must not change
+            before the backward, also where autocast made a cast of it. Where convolutions are not deterministic (some
+            of cuDNN's are not), neither is what they make again.
 
     Example:
         >>> with resnet_fused.recompute():
@@ -430,7 +439,7 @@ class recompute(contextlib.ContextDecorator):
     @classmethod
     def as_asked(cls, recompute: bool | str) -> "recompute":
         """The context for the ``recompute`` of a block or of :func:`resnet_fused.fuse`."""
-        return cls(bool(recompute), convolutions=recompute == CONVOLUTIONS)
+        return cls(bool(checked(recompute)), convolutions=recompute == CONVOLUTIONS)
 
     def _recreate_cm(self) -> "recompute":
         # A decorated function may be called in several threads at once.
@@ -447,12 +456,13 @@ class recompute(contextlib.ContextDecorator):
 
     def _watched_convolutions(self) -> contextlib.AbstractContextManager | None:
         scope = _scope()
-        if not (self.enabled and self.convolutions) or scope is None:
+        if not (self.enabled and self.convolutions) or scope is None or scope.watches_convolutions:
             return None
         from .recomputed_convolutions import RecomputedConvolutions
 
         watching = RecomputedConvolutions(scope)
         watching.__enter__()
+        scope.watches_convolutions = True
         return watching
 
     def __exit__(self, *exception) -> None:
@@ -461,6 +471,7 @@ class recompute(contextlib.ContextDecorator):
         hooks, watching = self._entered.pop()
         if watching is not None:
             watching.__exit__(*exception)
+            watching.scope.watches_convolutions = False
             watching.scope.convolutions.clear()
         if hooks:
             _pop_hooks()
@@ -481,18 +492,28 @@ def _note(output: Tensor, operands: tuple, vectors: tuple, run: Callable) -> Non
         links[1] = _link(second, outer, keep=run.keeps_both)
         if links[1] is None:
             return
-    vectors = tuple(_link(vector, outer) for vector in vectors)
+    # Copies of weights: a later block may make this output when FSDP has freed the parameters of this one again. That
+    # nobody has changed them the operator's own backward checks.
+    vectors = tuple(_link(_copied(v) if i % 4 == 0 else v, outer) for i, v in enumerate(vectors))
     recipe = Recipe(output, outer, run, tuple(links), vectors, input.stride())
     _recipes[recipe.storage.cdata] = recipe
     # The last vector of the first branch is this call's own, and the operator is about to save it.
     scope.pending = _source(vectors[3]), recipe
 
 
+def _copied(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.detach().clone()
+
+
 def note_convolution(scope: Scope, output, input, weight, bias, run: Callable) -> None:
-    """The output of a convolution, which ``run`` makes of (input, None) and (weight, bias)."""
+    """The output of a convolution, which ``run`` makes of (input, None) and (weight, bias).
+
+    The bias is copied: no backward refuses one that was changed.
+    """
     outer = scope.outer
     links = _link(input, outer), None
-    recipe = Recipe(output, outer, run, links, tuple(_link(v, outer) for v in (weight, bias)), input.stride())
+    vectors = _link(weight, outer), _link(_copied(bias), outer)
+    recipe = Recipe(output, outer, run, links, vectors, input.stride())
     _recipes[recipe.storage.cdata] = recipe
     scope.convolutions.append(recipe)
 

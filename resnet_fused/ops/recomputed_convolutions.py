@@ -20,7 +20,7 @@ _TENSORS = (Tensor, FakeTensor)
 
 
 class _Convolve:
-    """A convolution with its settings, in the dtype that it had: autocast may have cast what it was given."""
+    """A convolution with its settings, in the dtype that it had: autocast may have cast its weight."""
 
     __slots__ = ("dtype", "settings")
     # Of a chain of block outputs each is made of one of these: held, they would be what was not to be kept.
@@ -52,11 +52,13 @@ class RecomputedConvolutions(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         output = func(*args, **(kwargs or {}))
-        if func is torch.conv2d:
+        if func is torch.conv2d and not torch.compiler.is_compiling():  # which may be inside
             self._note(output, *_arguments(*args, **(kwargs or {})))
         return output
 
     def _note(self, output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple) -> None:
         cheap = weight.shape[2:] == (1, 1) and output.numel() > input.numel()
-        if cheap and output.requires_grad and type(output) in _TENSORS and type(input) in _TENSORS:
+        known = all(type(t) in _TENSORS and t.layout is torch.strided for t in (output, input))
+        # Of an input that autocast has cast the graph has the cast, and would keep the input beside it.
+        if cheap and known and output.requires_grad and output.dtype == input.dtype:
             note_convolution(self.scope, output, input, weight, bias, _Convolve(output.dtype, settings))
