@@ -129,9 +129,50 @@ print(counts)"""
     assert _run(program, TRITON_INTERPRET="1", RESNET_FUSED_BACKEND="") == (0, "[0, 2, 0, 0, 2, 0]")
 
 
+def test_choosing_in_one_thread_disturbs_no_other():
+    """Calls go on in two threads while a third enters and leaves, and a fourth keeps the compiled kernels it asked for.
+
+    The launchers are torch's operations here, for Triton's interpreter runs in one thread alone.
+    """
+    program = """
+import threading, torch
+from resnet_fused import functional
+from resnet_fused.ops import backend, triton_kernels, reference
+class Launchers:
+    threads = set()
+    def __getattr__(self, name):
+        self.threads.add(threading.current_thread().name)
+        return getattr(reference, name)
+triton_kernels._launchers = lambda: launchers
+launchers, x, failed, end = Launchers(), torch.randn(2, 3, 4, 4), [], threading.Event()
+def call():
+    try:
+        while not end.is_set():
+            functional.batch_norm_add_relu(x.requires_grad_(), None, None, training=True).sum().backward()
+    except BaseException as error:
+        failed.append(error)
+def call_compiled():
+    with backend.backend("compiled"):
+        call()
+threads = [threading.Thread(target=call, name="any") for _ in range(2)]
+threads.append(threading.Thread(target=call_compiled, name="compiled"))
+for thread in threads:
+    thread.start()
+for _ in range(500):
+    with backend.backend("triton"):
+        functional.batch_norm_add_relu(x, None, None, training=True)
+end.set()
+for thread in threads:
+    thread.join()
+assert not failed, failed
+print("MainThread" in launchers.threads, "compiled" in launchers.threads)"""
+    assert _run(program, TRITON_INTERPRET="1", RESNET_FUSED_BACKEND="") == (0, "True False")
+
+
 def test_triton_serves_gpus_without_a_compiled_library(monkeypatch):
     monkeypatch.setattr(backend, "_why_not_cuda", lambda index: "there is no library")
     monkeypatch.setattr(triton_kernels, "_why_not", lambda kind, index: None)
+    served = triton_kernels.serves("cuda")
     backend._serving.cache_clear()
     try:
         assert backend.serving(torch.device("cuda", 0), "auto") == ("triton", "there is no library")
@@ -142,6 +183,8 @@ def test_triton_serves_gpus_without_a_compiled_library(monkeypatch):
         assert backend.serving(torch.device("cuda", 0), "triton") == ("triton", None)
     finally:
         backend._serving.cache_clear()
+        backend._found.discard("cuda")
+        triton_kernels.serve("cuda", served)
 
 
 @pytest.mark.parametrize(("capability", "expected"), [((7, 5), "8.0"), ((8, 0), None), ((13, 0), None)])
@@ -269,10 +312,19 @@ def test_autotuning_takes_the_fastest_and_remembers_it(tmp_path, monkeypatch):
     assert len(tried) == len(configurations.SEARCHED)
     (file,) = (tmp_path / "cache").iterdir()
     assert list(json.loads(file.read_text()).values()) == [{"warps": 8, "accesses": 1, "resident": 4}]
-    file.write_text("{")
-    monkeypatch.setattr(configurations.Cache, "_open", {})
-    configurations.choose("forward", problem, cpu, 0, tried.append)
-    assert len(tried) == 2 * len(configurations.SEARCHED)
+    for times, broken in enumerate(("{", "[]", '{"a": {"warps": 0, "accesses": 1, "resident": 1}}'), 2):
+        file.write_text(broken)
+        monkeypatch.setattr(configurations.Cache, "_open", {})
+        configurations.choose("forward", problem, cpu, 0, tried.append)
+        assert len(tried) == times * len(configurations.SEARCHED)
+
+
+def test_what_other_processes_found_is_kept(tmp_path):
+    one, two = (configurations.Cache(tmp_path / "file") for _ in range(2))
+    one.put("a", configurations.SEARCHED[0])
+    two.put("b", configurations.SEARCHED[1])
+    again = configurations.Cache(tmp_path / "file")
+    assert (again.get("a"), again.get("b")) == configurations.SEARCHED[:2]
 
 
 @triton_only
@@ -458,6 +510,27 @@ def test_offsets_are_of_64_bits(layout, device, monkeypatch):
                 assert offset == "i64", launch.name
                 seen += 1
     assert seen >= 12
+
+
+def test_a_plane_of_more_than_2_31_positions(device):
+    """Its size reaches the kernels whole, as a number of 64 bits."""
+    from torch._subclasses import FakeTensorMode
+
+    from resnet_fused.triton import launchers, offline
+
+    if triton_kernels.is_interpreted():
+        pytest.skip("the interpreter compiles nothing")
+    found = []
+    with FakeTensorMode(), offline.intercepted(found.append, H100):
+        x = torch.empty(1, 1, 1 << 16, 1 << 15, dtype=torch.bfloat16)
+        launchers.batch_norm_add_relu_train(x, None, None, x, 1e-5, True, True)
+    passes = [launch for launch in found if "position_units" in launch.arguments]
+    assert len(passes) == 2
+    for launch in passes:
+        assert launch.arguments["position_units"] * launch.arguments["POSITION_UNIT"] == 1 << 31
+        text = offline.compiled(launch, offline.TARGETS["8.0"]).asm["ttir"]
+        assert "%position_units: i64" in text
+        assert not re.search(r"arith\.muli %position_units.* : i32", text)
 
 
 def test_a_spill_in_an_innermost_loop_is_told_from_one_around_it():

@@ -36,5 +36,5 @@ def _kernel(name: str, positions: tuple[int, int], key: torch._C.DispatchKey):
 def register(library: torch.library.Library) -> None:
     """Hands the kernels to torch.library."""
     for name, positions in PROMOTED.items():
-        for key in ("AutocastCPU", "AutocastCUDA"):
+        for key in ("AutocastCPU", "AutocastCUDA", "AutocastXPU"):
             library.impl(name, _kernel(name, positions, getattr(torch._C.DispatchKey, key)), key)

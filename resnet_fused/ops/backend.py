@@ -4,8 +4,8 @@ plain torch elsewhere.
 ``RESNET_FUSED_BACKEND`` or :func:`backend` ask for one. Asking for one that cannot run is an error that says why.
 
 The dispatcher has one kernel of an operator for a kind of device. Where Triton serves CUDA, it does so on every GPU of
-the machine; and while some thread is inside ``backend("triton")``, it does so for all of them: whoever did not ask gets
-the same maths from another kernel.
+the machine; and while some thread is inside ``backend("triton")``, it does so for all of them but those inside
+``backend("compiled")``: whoever asked for nothing gets the same maths from another kernel.
 """
 
 import contextlib
@@ -119,10 +119,12 @@ def _serving(kind: str, index: int | None, choice: str) -> tuple[str, str | None
 
 def begin() -> None:
     """Has Triton serve what the environment asks for, or what no compiled library may serve, before any call."""
-    _install(_FROM_ENVIRONMENT)
+    triton_kernels.asks_for_compiled = lambda: _choice.get() == "compiled"
+    _install()
 
 
-_asked: list[str] = []
+# What the threads inside backend() ask for now.
+_asked: list[str] = [_FROM_ENVIRONMENT]
 _LOCK = threading.Lock()
 
 
@@ -131,29 +133,22 @@ def _installed(name: str) -> Iterator[None]:
     """The kernels of a choice, for as long as it lasts."""
     with _LOCK:
         _asked.append(name)
-        _install(name)
+        _install()
     try:
         yield
     finally:
         with _LOCK:
             _asked.remove(name)
-            _install(_asked[-1] if _asked else _FROM_ENVIRONMENT)
+            _install()
 
 
-def _install(choice: str) -> None:
-    if choice == "reference":
-        return
+def _install() -> None:
     for kind in triton_kernels.KEYS:
         if not triton_kernels.may_serve(kind):
             continue
-        if choice == "triton":
-            wanted = True
-        elif choice == "compiled" or kind == "cpu":
-            wanted = False
-        else:
-            # A library that is loaded is asked about each GPU at the GPU's first call.
-            wanted = kind != "cuda" or library.why_no_cuda() is not None or kind in _found
-        triton_kernels.serve(kind, wanted)
+        # A library that is loaded is asked about each GPU at the GPU's first call.
+        unasked = kind != "cpu" and (kind != "cuda" or library.why_no_cuda() is not None or kind in _found)
+        triton_kernels.serve(kind, unasked or "triton" in _asked)
 
 
 # Kinds of devices of which a call of the automatic choice found that the compiled library does not serve them all.

@@ -76,6 +76,31 @@ def one_dtype(*vectors: Tensor | None) -> None:
         )
 
 
+def running_update(running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor, var: Tensor) -> None:
+    """The running statistics are floating-point vectors as long as the batch's, and where those are."""
+    torch._check(
+        mean.dim() == 1 and mean.shape == var.shape,
+        lambda: f"mean and var must be (C,) vectors, got {list(mean.shape)} and {list(var.shape)}",
+    )
+    same_device(var, "var", mean)
+    for vector, name in ((mean, "mean"), (var, "var"), (running_mean, "running_mean"), (running_var, "running_var")):
+        if vector is None:
+            continue
+        torch._check(
+            vector.dtype in DTYPES,
+            lambda vector=vector, name=name: (
+                f"{name} must be float64, float32, bfloat16 or float16, got {_name(vector.dtype)}"
+            ),
+        )
+        torch._check(
+            vector.shape == mean.shape,
+            lambda vector=vector, name=name: (
+                f"{name} must have shape [{mean.shape[0]}], one value a channel of input, got {list(vector.shape)}"
+            ),
+        )
+        same_device(vector, name, mean)
+
+
 def more_than_one_value(input: Tensor) -> None:
     """torch makes no statistics of one value a channel, nor, with a weight, of no channels."""
     torch._check(

@@ -5,7 +5,7 @@ import torch
 
 def _excluded_keys():
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
-    for name in ("AutogradOther", "AutogradNestedTensor", "AutocastCPU", "AutocastCUDA"):
+    for name in ("AutogradOther", "AutogradNestedTensor", "AutocastCPU", "AutocastCUDA", "AutocastXPU"):
         keys = keys | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name))
     return keys
 

@@ -6,6 +6,7 @@ Triton itself is imported by the first call that runs or traces a kernel, never 
 import functools
 import importlib.util
 import os
+import threading
 from collections.abc import Callable
 
 import torch
@@ -62,8 +63,16 @@ def may_serve(kind: str) -> bool:
 
 
 # Kernels of the dispatcher.
+#
+# Once registered they stay, for other threads may be inside them at any moment: who is to be served is asked at each
+# call, and the compiled kernel that they stand in front of is called where it is to serve.
 
-_serving: dict[str, torch.library.Library] = {}
+_registered: dict[str, torch.library.Library] = {}
+_serving: set[str] = set()
+_LOCK = threading.Lock()
+
+# Whether the thread that calls asks for the compiled kernels, whoever else asks for Triton's; backend.py knows.
+asks_for_compiled: Callable[[], bool] = bool
 
 
 def serves(kind: str) -> bool:
@@ -75,17 +84,30 @@ def serve(kind: str, wanted: bool) -> None:
     """Has the operators go to Triton for this kind of device, in place of the compiled kernels, or ends that."""
     if wanted == (kind in _serving):
         return
-    if not wanted:
-        _serving.pop(kind)._destroy()
-        return
-    registered = torch.library.Library("resnet_fused", "IMPL")
-    for name in fake.OPERATORS:
-        registered.impl(name, _kernel(name, kind), KEYS[kind], allow_override=True)
-    _serving[kind] = registered
+    with _LOCK:
+        if not wanted:
+            _serving.discard(kind)
+            return
+        if kind not in _registered:
+            compiled = {name: _compiled(name, kind) for name in fake.OPERATORS}
+            library = _registered[kind] = torch.library.Library("resnet_fused", "IMPL")
+            for name in fake.OPERATORS:
+                kernel = _kernel(name, kind, compiled[name])
+                library.impl(name, kernel, KEYS[kind], with_keyset=True, allow_override=True)
+        _serving.add(kind)
 
 
-def _kernel(name: str, kind: str) -> Callable:
-    def kernel(*arguments):
+def _compiled(name: str, kind: str) -> Callable | None:
+    """The kernel of the compiled library, where there is one."""
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"resnet_fused::{name}", KEYS[kind]):
+        return None
+    return torch.library.get_kernel(f"resnet_fused::{name}", KEYS[kind]).call_boxed
+
+
+def _kernel(name: str, kind: str, compiled: Callable | None) -> Callable:
+    def kernel(keys, *arguments):
+        if compiled is not None and (kind not in _serving or asks_for_compiled()):
+            return compiled(keys, *arguments)
         # A machine may have a GPU that Triton does not reach.
         if _why_not(kind, _index(arguments)) is not None:
             return getattr(reference, name)(*arguments)
@@ -114,7 +136,7 @@ def _launchers():
 
 def _decomposition(name: str) -> Callable:
     """What torch.library.triton_op does, for an operator that has its schema already: where a graph is made functional,
-    the launches of its kernels take its place, so that Inductor sees them, and AOTInductor ships them.
+    the launches of its kernels take its place, so that Inductor sees them.
 
     torch.export keeps the operator: the program shall run on another backend as well.
     """
@@ -132,7 +154,7 @@ def _is_traceable(arguments) -> bool:
     """Sizes that are not known yet stay with the operator: a plan for tiles needs numbers."""
     tensors = [value for value in arguments if isinstance(value, torch.Tensor)]
     device = tensors[0].device
-    if device.type not in _serving or is_interpreted() or _why_not(device.type, device.index) is not None:
+    if not serves(device.type) or is_interpreted() or _why_not(device.type, device.index) is not None:
         return False
     return all(isinstance(n, int) for t in tensors for n in (*t.shape, *t.stride(), t.storage_offset()))
 

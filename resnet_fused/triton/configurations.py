@@ -6,7 +6,9 @@ What was found is kept in ``RESNET_FUSED_TRITON_CACHE``, by default ``~/.cache/r
 
 import dataclasses
 import functools
+import hashlib
 import json
+import math
 import os
 import pathlib
 import re
@@ -187,6 +189,8 @@ def choose(kind: str, problem: Problem, device: torch.device, sums: int, attempt
     key = f"{kind} {problem} {sums}"
     found = cache.get(key)
     if found is None:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return plan(kind, problem, of_device, sums)  # nothing can be timed then
         times = {c: _time(attempt, plan(kind, problem, of_device, sums, c)) for c in SEARCHED}
         found = min(times, key=times.get)
         cache.put(key, found)
@@ -194,9 +198,13 @@ def choose(kind: str, problem: Problem, device: torch.device, sums: int, attempt
 
 
 def _time(attempt: Callable[[Plan], object], chosen: Plan) -> float:
+    from triton.runtime.errors import OutOfResources
     from triton.testing import do_bench
 
-    return do_bench(lambda: attempt(chosen), warmup=5, rep=20)
+    try:
+        return do_bench(lambda: attempt(chosen), warmup=5, rep=20)
+    except OutOfResources:
+        return math.inf  # the device does not hold so many warps
 
 
 class Cache:
@@ -206,18 +214,22 @@ class Cache:
 
     def __init__(self, path: pathlib.Path):
         self.path = path
+        self._found = self._read()
+
+    def _read(self) -> dict[str, Candidate]:
+        """What is in the file, and is one of those that are searched."""
         try:
-            read = json.loads(path.read_text(encoding="utf-8"))
-            self._found = {key: Candidate(**value) for key, value in read.items()}
-        except (OSError, ValueError, TypeError):
-            # None yet, or one of another version: it is written anew.
-            self._found = {}
+            read = json.loads(self.path.read_text(encoding="utf-8"))
+            found = {key: Candidate(**value) for key, value in read.items()}
+        except (OSError, ValueError, TypeError, AttributeError):
+            return {}  # none yet, or one of another version: it is written anew
+        return {key: candidate for key, candidate in found.items() if candidate in SEARCHED}
 
     @classmethod
     def of(cls, device: torch.device) -> "Cache":
-        """The cache of devices of this name under this version of Triton."""
+        """The cache of devices of this name under these versions of Triton and of the kernels."""
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        name = re.sub(r"\W+", "-", f"{name} triton {triton.__version__}")
+        name = re.sub(r"\W+", "-", f"{name} triton {triton.__version__} kernels {_kernels_version()}")
         if name not in cls._open:
             cls._open[name] = cls(_directory() / f"{name}.json")
         return cls._open[name]
@@ -227,16 +239,23 @@ class Cache:
         return self._found.get(key)
 
     def put(self, key: str, candidate: Candidate) -> None:
-        """Keeps it. Another process never reads half of a file."""
-        self._found[key] = candidate
+        """Keeps it, and what other processes have found in the meantime. None ever reads half of a file."""
+        self._found = self._read() | self._found | {key: candidate}
         text = json.dumps({k: dataclasses.asdict(v) for k, v in self._found.items()}, indent=1)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False, encoding="utf-8") as file:
                 file.write(text)
+            os.chmod(file.name, 0o644)  # a folder may be shared
             os.replace(file.name, self.path)
         except OSError:
             return  # A home that cannot be written to: the search is made again by the next process.
+
+
+@functools.cache
+def _kernels_version() -> str:
+    """Of the source: what was fastest may not be after a change."""
+    return hashlib.sha256(pathlib.Path(__file__).with_name("kernels.py").read_bytes()).hexdigest()[:12]
 
 
 def _directory() -> pathlib.Path:

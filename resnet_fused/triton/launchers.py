@@ -129,6 +129,9 @@ _ABSENT = _Branch()
 def _tile(problem: Problem, plan: Plan) -> dict:
     """The arguments that every pass over a tensor has."""
     channel_unit, position_unit = map(configurations.unit_of, (problem.channels, problem.positions))
+    if problem.positions >= 1 << 31:
+        # As it is, it is a number of 64 bits, and what the kernel makes of it is too; units of it would not be.
+        position_unit = 1
     return {
         "batch": problem.batch,
         "channel_units": problem.channels // channel_unit,
@@ -274,19 +277,10 @@ def _apply(first: _Branch, second: _Branch | None, residual: Tensor | None, relu
 # Checks that the forward operators share.
 
 
-def _check_one_dtype(*vectors: Tensor | None) -> None:
-    dtypes = list(dict.fromkeys(v.dtype for v in vectors if v is not None))
-    torch._check(
-        len(dtypes) < 2,
-        lambda: "weight, bias and running statistics must have one dtype, got "
-        + " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes[:2]),
-    )
-
-
 def _check_update(input, weight, bias, running_mean, running_var, suffix=""):
     checks.per_channel(running_mean, "running_mean" + suffix, input)
     checks.per_channel(running_var, "running_var" + suffix, input)
-    _check_one_dtype(weight, bias, running_mean, running_var)
+    checks.one_dtype(weight, bias, running_mean, running_var)
 
 
 def _check_second(input, input2, weight2, bias2):
@@ -364,7 +358,7 @@ def dual_batch_norm_add_relu_train_with_update(
 def batch_norm_add_relu_eval(input, weight, bias, residual, running_mean, running_var, eps, relu, save_mask):
     checks.batch_norm(input, weight, bias, residual)
     _check_vectors(input, running_mean=running_mean, running_var=running_var)
-    _check_one_dtype(weight, bias, running_mean, running_var)
+    checks.one_dtype(weight, bias, running_mean, running_var)
     return _apply(_Branch(input, weight, bias, running_mean, running_var, eps=eps), None, residual, relu, save_mask)
 
 
@@ -388,8 +382,8 @@ def dual_batch_norm_add_relu_eval(
     _check_vectors(input, running_mean=running_mean, running_var=running_var)
     _check_second(input, input2, weight2, bias2)
     _check_vectors(input, running_mean2=running_mean2, running_var2=running_var2)
-    _check_one_dtype(weight, bias, running_mean, running_var)
-    _check_one_dtype(weight2, bias2, running_mean2, running_var2)
+    checks.one_dtype(weight, bias, running_mean, running_var)
+    checks.one_dtype(weight2, bias2, running_mean2, running_var2)
     first = _Branch(input, weight, bias, running_mean, running_var, eps=eps)
     second = _Branch(input2, weight2, bias2, running_mean2, running_var2, eps=eps2)
     return _apply(first, second, None, relu, save_mask)
@@ -755,28 +749,9 @@ def add_relu_backward(grad_output, mask):
     return grad_input
 
 
-def _check_running(running: Tensor | None, name: str, mean: Tensor) -> None:
-    if running is None:
-        return
-    checks.per_channel(running, name, mean.unsqueeze(0))
-
-
 def update_running_stats(running_mean, running_var, mean, var, momentum, count):
-    torch._check(
-        mean.dim() == 1 and mean.shape == var.shape,
-        lambda: f"mean and var must be (C,) vectors, got {list(mean.shape)} and {list(var.shape)}",
-    )
+    checks.running_update(running_mean, running_var, mean, var)
     channels = mean.shape[0]
-    for running, name in ((running_mean, "running_mean"), (running_var, "running_var")):
-        if running is None:
-            continue
-        torch._check(
-            running.dim() == 1 and running.shape[0] == channels,
-            lambda running=running, name=name: (
-                f"{name} must have shape [{channels}], one value a channel of input, got {list(running.shape)}"
-            ),
-        )
-        checks.same_device(running, name, mean)
     # torch leaves the running statistics alone where the batch is empty.
     if not channels or not count:
         return
