@@ -1,6 +1,6 @@
 // The pass of the backward that applies: the gradients of the inputs and of the residual.
 //
-// It reads grad_output and, with batch statistics, the inputs once, the mask where there is one, and writes every
+// It reads grad_output, or both of them, and, with batch statistics, the inputs once, the mask where there is one, and writes every
 // gradient once. Blocks and threads own what they own in the forward (forward.cu, walk.cuh).
 #include "cuda/walk.cuh"
 
@@ -54,7 +54,7 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_backward_kernel(const Back
   const bool read_input = by_input || (!a.constant_statistics && g.grad_input != nullptr);
   const bool read_input2 = !a.constant_statistics && g.grad_input2 != nullptr;
   walk<kRows, C, K, V, U>(w, fill, [&](const Places<U>& p, const auto& constants_at) {
-    Pack<T, V> grad[U], x[U];
+    Pack<T, V> grad[U], grad2[U], x[U];
     [[maybe_unused]] Pack<T, V> x2[U];
     unsigned byte[U];
 #pragma unroll
@@ -62,6 +62,7 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_backward_kernel(const Back
       byte[u] = 0xff;
       if (!p.active[u]) continue;
       grad[u].load(g.grad_output, p.at[u]);
+      if (g.grad_output2 != nullptr) grad2[u].load(g.grad_output2, p.at[u]);
       if (read_input) x[u].load(g.first.input, p.at[u]);
       if constexpr (kTwo) {
         if (read_input2) x2[u].load(g.second.input, p.at[u]);
@@ -71,6 +72,7 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_backward_kernel(const Back
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       if (!p.active[u]) continue;
+      if (g.grad_output2 != nullptr) grad[u].add(grad2[u]);
       const auto k = constants_at(u);
       const auto mean = k.template get<kMean>(), scale = k.template get<kScale>();
       Values<C, V> difference, kept;
@@ -145,8 +147,9 @@ cudaError_t launch_backward(Dtype dtype, const BackwardArguments& arguments, con
   const Shape& shape = g.shape;
   if (shape.numel() == 0) return cudaSuccess;
   if (g.grad_input == nullptr && g.grad_input2 == nullptr && g.grad_residual == nullptr) return cudaSuccess;
-  const int bytes = access_bytes(shape.inner() * size_of(dtype), {g.grad_output, g.first.input, g.second.input,
-                                                                  g.grad_input, g.grad_input2, g.grad_residual});
+  const int bytes = access_bytes(
+      shape.inner() * size_of(dtype),
+      {g.grad_output, g.grad_output2, g.first.input, g.second.input, g.grad_input, g.grad_input2, g.grad_residual});
   const Choice choice = dispatch(dtype, [&]<typename T>() { return choose<T>(bytes, shape.rows, g.two); });
   const WalkPlan plan = plan_walk(shape, choice.v, choice.unroll, address_of(choice.kernel));
   choice.kernel<<<plan.grid, plan.block, 0, launch.stream>>>(arguments, plan.walk);

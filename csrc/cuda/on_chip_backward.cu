@@ -133,8 +133,8 @@ bool launch_on_chip_backward(Dtype dtype, const ReduceArguments& reduce, const L
   const Gradient& g = reduce.gradient;
   const Shape& shape = g.shape;
   if (dtype == Dtype::kDouble || shape.numel() == 0 || shape.inner() % 8 != 0) return false;
-  if (access_bytes(shape.inner() * size_of(dtype), {g.first.input, g.grad_output, g.grad_input, g.grad_residual}) !=
-      16) {
+  if (access_bytes(shape.inner() * size_of(dtype),
+                   {g.first.input, g.grad_output, g.grad_output2, g.grad_input, g.grad_residual}) != 16) {
     return false;
   }
   const auto [kernel, v, group] = dispatch(dtype, [&]<typename T>() -> std::tuple<Kernel*, int, int> {

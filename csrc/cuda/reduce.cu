@@ -1,7 +1,7 @@
 // The pass of the backward that reduces: sums over a channel of the gradient behind the ReLU, and of it times (x -
 // mean).
 //
-// It reads grad_output, the inputs and the mask once. In planes a block owns a channel or chunks of one, in rows a tile
+// It reads grad_output, or both of them, the inputs and the mask once. In planes a block owns a channel or chunks of one, in rows a tile
 // of channels and chunks of rows (sums.cuh). The last block of a channel writes the gradients of weight and bias and
 // the constants of the pass that applies. It writes nothing else, with constant statistics neither, when it could: the
 // registers that this takes cost every other call.
@@ -74,7 +74,8 @@ cudaError_t launch_reduce(Dtype dtype, const ReduceArguments& arguments, const L
   const Gradient& g = arguments.gradient;
   const Shape& shape = g.shape;
   if (shape.channels == 0) return cudaSuccess;
-  const int bytes = access_bytes(shape.inner() * size_of(dtype), {g.grad_output, g.first.input, g.second.input});
+  const int bytes =
+      access_bytes(shape.inner() * size_of(dtype), {g.grad_output, g.grad_output2, g.first.input, g.second.input});
   const Choice choice = dispatch(dtype, [&]<typename T>() {
     return g.two ? choose<T, true>(bytes, shape.rows) : choose<T, false>(bytes, shape.rows);
   });

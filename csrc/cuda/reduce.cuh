@@ -80,13 +80,14 @@ __device__ __forceinline__ void terms_of(const ReduceArguments& a, const Place (
                                          Terms& groups, const Taken& taken) {
   using C = Compute<T>;
   const Gradient& g = a.gradient;
-  Pack<T, V> grad[U], x[U], x2[kTwo ? U : 1];
+  Pack<T, V> grad[U], grad2[U], x[U], x2[kTwo ? U : 1];
   unsigned bits[U];
 #pragma unroll
   for (int u = 0; u < U; ++u) {
     bits[u] = ~0u;
     if (!p[u].active) continue;
     grad[u].load(g.grad_output, p[u].at);
+    if (g.grad_output2 != nullptr) grad2[u].load(g.grad_output2, p[u].at);
     if (a.read_input) x[u].load(g.first.input, p[u].at);
     if constexpr (kTwo) {
       if (a.read_input2) x2[u].load(g.second.input, p[u].at);
@@ -109,6 +110,7 @@ __device__ __forceinline__ void terms_of(const ReduceArguments& a, const Place (
         for (int i = 0; i < V; ++i) bits[u] |= positive_or_nan(output[i]) ? 1u << i : 0;
       }
     }
+    if (g.grad_output2 != nullptr) grad[u].add(grad2[u]);
     grad[u].keep(bits[u]);
     taken(u, grad[u], x[u]);
     // What was not read is zero, and an origin finite: nothing but zeros is added for it.
