@@ -54,7 +54,7 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_backward_kernel(const Back
   const bool read_input = by_input || (!a.constant_statistics && g.grad_input != nullptr);
   const bool read_input2 = !a.constant_statistics && g.grad_input2 != nullptr;
   walk<kRows, C, K, V, U>(w, fill, [&](const Places<U>& p, const auto& constants_at) {
-    Pack<T, V> grad[U], grad2[U], x[U];
+    Pack<T, V> grad[U], x[U];
     [[maybe_unused]] Pack<T, V> x2[U];
     unsigned byte[U];
 #pragma unroll
@@ -62,17 +62,24 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_backward_kernel(const Back
       byte[u] = 0xff;
       if (!p.active[u]) continue;
       grad[u].load(g.grad_output, p.at[u]);
-      if (g.grad_output2 != nullptr) grad2[u].load(g.grad_output2, p.at[u]);
       if (read_input) x[u].load(g.first.input, p.at[u]);
       if constexpr (kTwo) {
         if (read_input2) x2[u].load(g.second.input, p.at[u]);
       }
       if (by_mask) byte[u] = g.mask[p.byte[u]];
     }
+    if (g.grad_output2 != nullptr) {  // behind all other loads, in registers that are free again at once
+#pragma unroll
+      for (int u = 0; u < U; ++u) {
+        if (!p.active[u]) continue;
+        Pack<T, V> second;
+        second.load(g.grad_output2, p.at[u]);
+        grad[u].add(second);
+      }
+    }
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       if (!p.active[u]) continue;
-      if (g.grad_output2 != nullptr) grad[u].add(grad2[u]);
       const auto k = constants_at(u);
       const auto mean = k.template get<kMean>(), scale = k.template get<kScale>();
       Values<C, V> difference, kept;

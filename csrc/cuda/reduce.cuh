@@ -75,24 +75,28 @@ __device__ __forceinline__ Values<C, V> all(C value) {
 
 // Adds to the groups of terms what U accesses are worth; `constants.get<k>()` gives V values, and taken(u, gradient
 // behind the ReLU, input) gets every pack.
-template <typename T, int V, int U, bool kTwo, typename Constants, typename Terms, typename Taken>
+template <typename T, int V, int U, bool kTwo, bool kAdded, typename Constants, typename Terms, typename Taken>
 __device__ __forceinline__ void terms_of(const ReduceArguments& a, const Place (&p)[U], const Constants& constants,
                                          Terms& groups, const Taken& taken) {
   using C = Compute<T>;
   const Gradient& g = a.gradient;
-  Pack<T, V> grad[U], grad2[U], x[U], x2[kTwo ? U : 1];
+  Pack<T, V> grad[U], x[U], x2[kTwo ? U : 1];
   unsigned bits[U];
 #pragma unroll
   for (int u = 0; u < U; ++u) {
     bits[u] = ~0u;
     if (!p[u].active) continue;
     grad[u].load(g.grad_output, p[u].at);
-    if (g.grad_output2 != nullptr) grad2[u].load(g.grad_output2, p[u].at);
     if (a.read_input) x[u].load(g.first.input, p[u].at);
     if constexpr (kTwo) {
       if (a.read_input2) x2[u].load(g.second.input, p[u].at);
     }
     if (g.keep == KeepFrom::kMask) bits[u] = g.mask[p[u].byte] >> p[u].bit;
+    if (kAdded && g.grad_output2 != nullptr) {  // behind the other loads, in registers that are free again at once
+      Pack<T, V> second;
+      second.load(g.grad_output2, p[u].at);
+      grad[u].add(second);
+    }
   }
 #pragma unroll
   for (int u = 0; u < U; ++u) {
@@ -110,7 +114,6 @@ __device__ __forceinline__ void terms_of(const ReduceArguments& a, const Place (
         for (int i = 0; i < V; ++i) bits[u] |= positive_or_nan(output[i]) ? 1u << i : 0;
       }
     }
-    if (g.grad_output2 != nullptr) grad[u].add(grad2[u]);
     grad[u].keep(bits[u]);
     taken(u, grad[u], x[u]);
     // What was not read is zero, and an origin finite: nothing but zeros is added for it.
@@ -151,11 +154,12 @@ __device__ __forceinline__ void tile_constants(const Gradient& g, int tile_slots
   }
 }
 
-// Accesses that a thread has under way at once, as far as registers go.
-template <typename T, int V, bool kTwo>
+// Accesses that a thread has under way at once, as far as registers go: narrow ones have kernels of their own where there
+// is a second gradient.
+template <typename T, int V, bool kTwo, bool kAdded>
 constexpr int unroll() {
   if (V > 1) return 1;
-  return kTwo || sizeof(T) == 8 ? 2 : 4;
+  return kTwo || kAdded || sizeof(T) == 8 ? 2 : 4;
 }
 
 }  // namespace resnet_fused::cuda::reduction
