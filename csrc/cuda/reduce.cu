@@ -17,7 +17,7 @@ using namespace reduction;
 template <typename T, int V, bool kTwo, bool kAdded>
 __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_reduce_planes_kernel(const ReduceArguments a, const SumsWalk w) {
   using C = Compute<T>;
-  constexpr int U = unroll<T, V, kTwo, kAdded>(), K = kTwo ? 3 : 2;
+  constexpr int U = unroll<T, V, kTwo>(), K = kTwo ? 3 : 2;
   __shared__ C constants[kConstants];
   sum_planes<T, K, V, U, kCompensated<T>>(
       w,
@@ -38,7 +38,7 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_reduce_planes_kernel(const
 template <typename T, int V, bool kTwo, bool kAdded>
 __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_reduce_rows_kernel(const ReduceArguments a, const SumsWalk w) {
   using C = Compute<T>;
-  constexpr int U = unroll<T, V, kTwo, kAdded>(), K = kTwo ? 3 : 2;
+  constexpr int U = unroll<T, V, kTwo>(), K = kTwo ? 3 : 2;
   __shared__ __align__(16) C constants[kConstants][kTileChannels];
   sum_rows<T, K, V, U, kCompensated<T>>(
       w,
@@ -59,7 +59,7 @@ struct Choice {
 
 template <typename T, int V, bool kTwo, bool kAdded>
 Choice choose(bool rows) {
-  constexpr int U = unroll<T, V, kTwo, kAdded>();
+  constexpr int U = unroll<T, V, kTwo>();
   if (rows) return {batch_norm_reduce_rows_kernel<T, V, kTwo, kAdded>, V, U};
   return {batch_norm_reduce_planes_kernel<T, V, kTwo, kAdded>, V, U};
 }
