@@ -2,7 +2,7 @@
 //
 // With batch statistics: a pass that reduces (the sums of grad and of grad (x - mean)) and one that applies. Planes stay in the cache
 // between the two, so each tensor is read from memory once; rows are read twice. With constant statistics one pass suffices, and
-// a reduction only where weight or bias want a gradient.
+// a reduction only where weight or bias want a gradient. A gradient in two parts is added as it is read, in either pass.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>

@@ -7,6 +7,9 @@ the host than a registered formula, which is what counts for small tensors.
 A formula runs the fused backward operator. Where a graph of the gradient is asked for (double backward), it runs the
 reference instead, whose torch operations autograd follows; the statistics are then made again from the input, for
 they depend on it.
+
+In eager a formula may get the gradient of its output in two parts, and leave that of its residual with the node that
+made the residual: handover.py.
 """
 
 from collections.abc import Callable
