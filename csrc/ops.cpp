@@ -11,6 +11,8 @@
 //   relu              whether the ReLU is part of the operator
 //   save_mask         whether a backward will follow; without it no mask is written
 //   needs_*_grad      which gradients to compute. One that is not asked for comes back with shape (0,)
+//   grad_output2      a second gradient of the output, of grad_output's shape and dtype: what is differentiated is the sum of both,
+//                     rounded to their dtype, which is read and not written
 //
 // All are functional but update_running_stats and the two operators with_update, which eager calls use: autograd knows nothing of
 // them.
@@ -30,7 +32,8 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
   m.def(
       "batch_norm_add_relu_train_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, "
       "Tensor invstd, Tensor? mask, bool relu, bool needs_input_grad, bool needs_residual_grad, bool needs_weight_grad, "
-      "bool needs_bias_grad) -> (Tensor grad_input, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)");
+      "bool needs_bias_grad, Tensor? grad_output2=None) -> (Tensor grad_input, Tensor grad_residual, Tensor grad_weight, "
+      "Tensor grad_bias)");
 
   // Training with a projection shortcut: relu(batch_norm(input) + batch_norm(input2)).
   m.def(
@@ -45,8 +48,8 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
   m.def(
       "dual_batch_norm_add_relu_train_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor mean, Tensor invstd, "
       "Tensor input2, Tensor? weight2, Tensor mean2, Tensor invstd2, Tensor? mask, bool relu, bool needs_input_grad, "
-      "bool needs_weight_grad, bool needs_bias_grad, bool needs_input2_grad, bool needs_weight2_grad, bool needs_bias2_grad) "
-      "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_input2, Tensor grad_weight2, "
+      "bool needs_weight_grad, bool needs_bias_grad, bool needs_input2_grad, bool needs_weight2_grad, bool needs_bias2_grad, "
+      "Tensor? grad_output2=None) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_input2, Tensor grad_weight2, "
       "Tensor grad_bias2)");
 
   // Evaluation: the same with running statistics.
@@ -56,8 +59,8 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
   m.def(
       "batch_norm_add_relu_eval_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, "
       "Tensor running_mean, Tensor running_var, Tensor? mask, float eps, bool relu, bool needs_input_grad, "
-      "bool needs_residual_grad, bool needs_weight_grad, bool needs_bias_grad) -> (Tensor grad_input, "
-      "Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)");
+      "bool needs_residual_grad, bool needs_weight_grad, bool needs_bias_grad, Tensor? grad_output2=None) -> "
+      "(Tensor grad_input, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)");
   m.def(
       "dual_batch_norm_add_relu_eval(Tensor input, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
       "Tensor input2, Tensor? weight2, Tensor? bias2, Tensor running_mean2, Tensor running_var2, float eps, float eps2, "
@@ -66,8 +69,8 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
       "dual_batch_norm_add_relu_eval_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor running_mean, "
       "Tensor running_var, Tensor input2, Tensor? weight2, Tensor running_mean2, Tensor running_var2, Tensor? mask, "
       "float eps, float eps2, bool relu, bool needs_input_grad, bool needs_weight_grad, bool needs_bias_grad, "
-      "bool needs_input2_grad, bool needs_weight2_grad, bool needs_bias2_grad) -> (Tensor grad_input, Tensor grad_weight, "
-      "Tensor grad_bias, Tensor grad_input2, Tensor grad_weight2, Tensor grad_bias2)");
+      "bool needs_input2_grad, bool needs_weight2_grad, bool needs_bias2_grad, Tensor? grad_output2=None) -> "
+      "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_input2, Tensor grad_weight2, Tensor grad_bias2)");
 
   // relu(input + residual) for tensors of any shape; its mask has one row over the elements in memory order.
   m.def("add_relu(Tensor input, Tensor residual, bool save_mask) -> (Tensor output, Tensor mask)");

@@ -50,6 +50,10 @@ PASSES = {
     ("bn_add_relu", "backward"): ((6, 2), (4, 1)),
     ("dual_relu", "forward"): ((5, 1), (3, 1)),
     ("dual_relu", "backward"): ((8, 2), (5, 1)),
+    # Of a gradient in two parts: each walk reads one pass more, where an addition of its own would take three.
+    ("bn_relu", "backward of two"): ((7, 0), (4, 0)),
+    ("bn_add_relu", "backward of two"): ((8, 2), (5, 1)),
+    ("dual_relu", "backward of two"): ((10, 2), (6, 1)),
     ("bn_relu", "eval"): ((2, 0), (2, 0)),
     ("bn_add_relu", "eval"): ((3, 0), (3, 0)),
     ("dual_relu", "eval"): ((3, 0), (3, 0)),
@@ -127,6 +131,7 @@ def cases(form: str, direction: str, shape, dtype: torch.dtype, layout: str) -> 
         return weight, bias, mean, torch.rand(shape[1], generator=generator) + 0.5
 
     x, other, grad = full(), full(), full()
+    second = (full(),) if direction == "backward of two" else ()
     weight, bias, mean, var = vectors()
     weight2, bias2, mean2, var2 = vectors()
     if form == "add_relu":
@@ -148,7 +153,7 @@ def cases(form: str, direction: str, shape, dtype: torch.dtype, layout: str) -> 
         if direction == "forward":
             return forward
         _, saved, invstd, saved2, invstd2, mask = forward()
-        arguments = (grad, x, weight, saved, invstd, other, weight2, saved2, invstd2, mask, True, *[True] * 6)
+        arguments = (grad, x, weight, saved, invstd, other, weight2, saved2, invstd2, mask, True, *[True] * 6, *second)
         return lambda: ops.dual_batch_norm_add_relu_train_backward(*arguments)
     residual = other if form == "bn_add_relu" else None
     if direction == "eval":
@@ -162,7 +167,7 @@ def cases(form: str, direction: str, shape, dtype: torch.dtype, layout: str) -> 
         return forward
     _, saved, invstd, mask = forward()
     needs = (True, residual is not None, True, True)
-    arguments = (grad, x, weight, bias, saved, invstd, mask if residual is not None else None, True, *needs)
+    arguments = (grad, x, weight, bias, saved, invstd, mask if residual is not None else None, True, *needs, *second)
     return lambda: ops.batch_norm_add_relu_train_backward(*arguments)
 
 

@@ -2,7 +2,7 @@
 //
 // With batch statistics: a pass that reduces (the sums of grad and of grad (x - mean)) and one that applies. Planes stay in the cache
 // between the two, so each tensor is read from memory once; rows are read twice. With constant statistics one pass suffices, and
-// a reduction only where weight or bias want a gradient.
+// a reduction only where weight or bias want a gradient. A gradient in two parts is added as it is read, in either pass.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -24,15 +24,17 @@ struct Gradients {
   using C = Compute<T>;
 
   Gradients(const Tensor& grad_output, const Branch<T>& branch, const Branch<T>* branch2, const MaybeTensor& mask,
-            bool relu)
+            bool relu, const MaybeTensor& grad_output2 = std::nullopt)
       : format(memory_format(branch.tensor)),
         grad_output(dense(grad_output, format)),
+        grad_output2(grad_output2 ? MaybeTensor(dense(*grad_output2, format)) : std::nullopt),
         branch(branch),
         branch2(branch2),
         sums(branch.shape.channels) {
     const Shape& shape = branch.shape;
     a.shape = shape;
     a.grad_output = this->grad_output.template const_data_ptr<T>();
+    if (grad_output2) a.grad_output2 = this->grad_output2->template const_data_ptr<T>();
     a.input = branch.data;
     a.affine = branch.affine();
     if (branch2) {
@@ -219,6 +221,7 @@ struct Gradients {
 
   MemoryFormat format;
   Tensor grad_output;
+  MaybeTensor grad_output2;
   const Branch<T>& branch;
   const Branch<T>* branch2;
   ChannelSums sums;
@@ -244,13 +247,15 @@ using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 Four batch_norm_add_relu_train_backward(const Tensor& grad_output, const Tensor& input, const MaybeTensor& weight,
                                         const MaybeTensor& bias, const Tensor& mean, const Tensor& invstd,
                                         const MaybeTensor& mask, bool relu, bool needs_input_grad,
-                                        bool needs_residual_grad, bool needs_weight_grad, bool needs_bias_grad) {
+                                        bool needs_residual_grad, bool needs_weight_grad, bool needs_bias_grad,
+                                        const MaybeTensor& grad_output2) {
   check_backward(grad_output, input, weight, bias, mean, invstd);
+  check_same(grad_output2, "grad_output2", input);
   return dispatch(input.scalar_type(), [&]<typename T>() {
     const Tensor x = dense(input, memory_format(input));
     Branch<T> branch(x, weight, bias, 0, shape_of(x));
     branch.take_invstd(mean, invstd);
-    Gradients<T> g(grad_output, branch, nullptr, mask, relu);
+    Gradients<T> g(grad_output, branch, nullptr, mask, relu, grad_output2);
     const Tensor grad_input = g.wanted(needs_input_grad, g.a.grad_input);
     const Tensor grad_residual = g.wanted(needs_residual_grad, g.a.grad_residual);
     g.train();
@@ -262,13 +267,15 @@ Four batch_norm_add_relu_train_backward(const Tensor& grad_output, const Tensor&
 Four batch_norm_add_relu_eval_backward(const Tensor& grad_output, const Tensor& input, const MaybeTensor& weight,
                                        const MaybeTensor& bias, const Tensor& running_mean, const Tensor& running_var,
                                        const MaybeTensor& mask, double eps, bool relu, bool needs_input_grad,
-                                       bool needs_residual_grad, bool needs_weight_grad, bool needs_bias_grad) {
+                                       bool needs_residual_grad, bool needs_weight_grad, bool needs_bias_grad,
+                                       const MaybeTensor& grad_output2) {
   check_backward(grad_output, input, weight, bias, running_mean, running_var);
+  check_same(grad_output2, "grad_output2", input);
   return dispatch(input.scalar_type(), [&]<typename T>() {
     const Tensor x = dense(input, memory_format(input));
     Branch<T> branch(x, weight, bias, eps, shape_of(x));
     branch.take_var(running_mean, running_var);
-    Gradients<T> g(grad_output, branch, nullptr, mask, relu);
+    Gradients<T> g(grad_output, branch, nullptr, mask, relu, grad_output2);
     const Tensor grad_input = g.wanted(needs_input_grad, g.a.grad_input);
     const Tensor grad_residual = g.wanted(needs_residual_grad, g.a.grad_residual);
     g.eval(needs_weight_grad || needs_bias_grad);
@@ -284,7 +291,9 @@ template <typename Statistics, typename Run>
 Six dual_backward(const Tensor& grad_output, const Tensor& input, const MaybeTensor& weight, const Tensor& input2,
                   const MaybeTensor& weight2, const MaybeTensor& mask, double eps, double eps2, bool relu,
                   bool needs_input_grad, bool needs_weight_grad, bool needs_bias_grad, bool needs_input2_grad,
-                  bool needs_weight2_grad, bool needs_bias2_grad, const Statistics& statistics, const Run& run) {
+                  bool needs_weight2_grad, bool needs_bias2_grad, const MaybeTensor& grad_output2,
+                  const Statistics& statistics, const Run& run) {
+  check_same(grad_output2, "grad_output2", input);
   check_same(input2, "input2", input);
   check_per_channel(weight2, "weight2", input);
   return dispatch(input.scalar_type(), [&]<typename T>() {
@@ -293,7 +302,7 @@ Six dual_backward(const Tensor& grad_output, const Tensor& input, const MaybeTen
     Branch<T> branch(x, weight, std::nullopt, eps, shape_of(x));
     Branch<T> branch2(dense(input2, format), weight2, std::nullopt, eps2, branch.shape);
     statistics(branch, branch2);
-    Gradients<T> g(grad_output, branch, &branch2, mask, relu);
+    Gradients<T> g(grad_output, branch, &branch2, mask, relu, grad_output2);
     const Tensor grad_input = g.wanted(needs_input_grad, g.a.grad_input);
     const Tensor grad_input2 = g.wanted(needs_input2_grad, g.a.grad_input2);
     run(g);
@@ -311,13 +320,14 @@ Six dual_batch_norm_add_relu_train_backward(const Tensor& grad_output, const Ten
                                             const MaybeTensor& weight2, const Tensor& mean2, const Tensor& invstd2,
                                             const MaybeTensor& mask, bool relu, bool needs_input_grad,
                                             bool needs_weight_grad, bool needs_bias_grad, bool needs_input2_grad,
-                                            bool needs_weight2_grad, bool needs_bias2_grad) {
+                                            bool needs_weight2_grad, bool needs_bias2_grad,
+                                            const MaybeTensor& grad_output2) {
   check_backward(grad_output, input, weight, std::nullopt, mean, invstd);
   check_per_channel(mean2, "mean2", input);
   check_per_channel(invstd2, "invstd2", input);
   return dual_backward(
       grad_output, input, weight, input2, weight2, mask, 0, 0, relu, needs_input_grad, needs_weight_grad,
-      needs_bias_grad, needs_input2_grad, needs_weight2_grad, needs_bias2_grad,
+      needs_bias_grad, needs_input2_grad, needs_weight2_grad, needs_bias2_grad, grad_output2,
       [&](auto& branch, auto& branch2) {
         branch.take_invstd(mean, invstd);
         branch2.take_invstd(mean2, invstd2);
@@ -331,14 +341,14 @@ Six dual_batch_norm_add_relu_eval_backward(const Tensor& grad_output, const Tens
                                            const Tensor& running_var2, const MaybeTensor& mask, double eps, double eps2,
                                            bool relu, bool needs_input_grad, bool needs_weight_grad,
                                            bool needs_bias_grad, bool needs_input2_grad, bool needs_weight2_grad,
-                                           bool needs_bias2_grad) {
+                                           bool needs_bias2_grad, const MaybeTensor& grad_output2) {
   check_backward(grad_output, input, weight, std::nullopt, running_mean, running_var);
   check_per_channel(running_mean2, "running_mean2", input);
   check_per_channel(running_var2, "running_var2", input);
   const bool sums = needs_weight_grad || needs_bias_grad || needs_weight2_grad || needs_bias2_grad;
   return dual_backward(
       grad_output, input, weight, input2, weight2, mask, eps, eps2, relu, needs_input_grad, needs_weight_grad,
-      needs_bias_grad, needs_input2_grad, needs_weight2_grad, needs_bias2_grad,
+      needs_bias_grad, needs_input2_grad, needs_weight2_grad, needs_bias2_grad, grad_output2,
       [&](auto& branch, auto& branch2) {
         branch.take_var(running_mean, running_var);
         branch2.take_var(running_mean2, running_var2);

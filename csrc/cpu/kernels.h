@@ -54,7 +54,8 @@ constexpr bool kOriginIsMean = std::is_same_v<T, double>;
 
 enum class KeepFrom { kAll, kMask, kInput };
 
-// The gradient behind the ReLU is grad_output where `keep` says so; per channel
+// The gradient behind the ReLU is grad_output where `keep` says so. Where there is a grad_output2, grad_output is the sum of both, each
+// element rounded as a tensor of its own would round it. Per channel
 //   grad_input = (grad - mean_grad - (input - mean) slope) scale, or grad scale where the statistics are constants,
 // and the same for input2 where there is one.
 template <typename T>
@@ -62,6 +63,7 @@ struct BackwardArguments {
   using C = Compute<T>;
   Shape shape;
   const T* grad_output;
+  const T* grad_output2;
   const T* input;
   const T* input2;
   const uint8_t* mask;

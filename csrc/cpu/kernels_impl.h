@@ -316,6 +316,13 @@ void rows_forward(const ForwardArguments<T>& a, int64_t begin, int64_t end) {
 
 // Backward ---------------------------------------------------------------------------------------------------------------
 
+// What comes from above: one gradient, or two whose sum is rounded as one that was written to memory.
+template <typename T, bool Added>
+INLINE Pack<Compute<T>> load_gradient(const T* g, const T* g2, int n) {
+  if constexpr (Added) return round_to<T>(load_n(g, n) + load_n(g2, n));
+  return load_n(g, n);
+}
+
 // The gradient behind the ReLU.
 template <typename T, KeepFrom K>
 INLINE Pack<Compute<T>> behind_relu(Pack<Compute<T>> grad, const uint8_t* mask, int64_t i, int first, int n,
@@ -343,15 +350,15 @@ struct ReduceConstants {
   Pack<C> mean, scale, bias, mean2;
 };
 
-template <typename T, KeepFrom K, bool Two>
-INLINE void reduce_pack(const T* g, const T* x, const T* x2, const uint8_t* mask, int64_t i, int first, int n,
-                        const ReduceConstants<Compute<T>>& k, GradientSums<Compute<T>, Two>& sums) {
+template <typename T, KeepFrom K, bool Two, bool Added>
+INLINE void reduce_pack(const T* g, const T* g2, const T* x, const T* x2, const uint8_t* mask, int64_t i, int first,
+                        int n, const ReduceConstants<Compute<T>>& k, GradientSums<Compute<T>, Two>& sums) {
   using C = Compute<T>;
   Pack<C> value = load_n(x, n);
   Pack<C> value2 = Two ? load_n(x2, n) : value;
   Pack<C> normalized = value;
   if constexpr (K == KeepFrom::kInput) normalized = apply(value, k.mean, k.scale, k.bias);
-  Pack<C> grad = behind_relu<T, K>(load_n(g, n), mask, i, first, n, normalized);
+  Pack<C> grad = behind_relu<T, K>(load_gradient<T, Added>(g, g2, n), mask, i, first, n, normalized);
   if (first != 0 || n != Pack<C>::kLanes) {
     // Both factors, for 0 times Inf is not 0.
     const Keep<C> keep = lanes_between<C>(first, n);
@@ -369,7 +376,7 @@ INLINE void reduce_pack(const T* g, const T* x, const T* x2, const uint8_t* mask
   if constexpr (Two) add_product_to(sums.product2, wide, widen(value2));
 }
 
-template <typename T, KeepFrom K, bool Two>
+template <typename T, KeepFrom K, bool Two, bool Added>
 void planes_reduce_as(const BackwardArguments<T> a, int64_t channel, int64_t channels, int64_t begin, int64_t end,
                       double* sums) {
   using C = Compute<T>;
@@ -385,11 +392,12 @@ void planes_reduce_as(const BackwardArguments<T> a, int64_t channel, int64_t cha
       const int64_t at = plane * a.shape.positions + from;
       const uint8_t* mask = K == KeepFrom::kMask ? a.mask + plane * a.shape.mask_bytes() + from / 8 : nullptr;
       const T* g = a.grad_output + at;
+      const T* g2 = Added ? a.grad_output2 + at : g;
       const T* x = a.input + at;
       const T* x2 = Two ? a.input2 + at : nullptr;
       GradientSums<C, Two> group = of_channel[c];
       for_packs<kLanes>(length, [&](int64_t i, int first, int count) __attribute__((always_inline)) {
-        reduce_pack<T, K, Two>(g + i, x + i, x2 + i, mask, i, first, count, constants, group);
+        reduce_pack<T, K, Two, Added>(g + i, g2 + i, x + i, x2 + i, mask, i, first, count, constants, group);
       });
       of_channel[c] = group;
     }
@@ -401,12 +409,13 @@ void planes_reduce_as(const BackwardArguments<T> a, int64_t channel, int64_t cha
   }
 }
 
-template <typename T, KeepFrom K, bool Two, int kRows>
+template <typename T, KeepFrom K, bool Two, bool Added, int kRows>
 INLINE void rows_reduce_group(const BackwardArguments<T>& a, int64_t row, double* sum, double* xmu, double* xmu2) {
   using C = Compute<T>;
   constexpr int kLanes = Pack<C>::kLanes;
   const int64_t channels = a.shape.channels, mask_bytes = a.shape.mask_bytes();
   const T* g = a.grad_output + row * channels;
+  const T* g2 = Added ? a.grad_output2 + row * channels : g;
   const T* x = a.input + row * channels;
   const T* x2 = Two ? a.input2 + row * channels : nullptr;
   const uint8_t* mask = K == KeepFrom::kMask ? a.mask + row * mask_bytes : nullptr;
@@ -421,9 +430,11 @@ INLINE void rows_reduce_group(const BackwardArguments<T>& a, int64_t row, double
     for (int r = 0; r < kRows; ++r) {
       const int64_t at = r * channels + i;
       __builtin_prefetch(g + ahead + at);
+      if constexpr (Added) __builtin_prefetch(g2 + ahead + at);
       __builtin_prefetch(x + ahead + at);
       if constexpr (Two) __builtin_prefetch(x2 + ahead + at);
-      reduce_pack<T, K, Two>(g + at, x + at, x2 + at, mask + r * mask_bytes, i, first, n, constants, group);
+      reduce_pack<T, K, Two, Added>(g + at, g2 + at, x + at, x2 + at, mask + r * mask_bytes, i, first, n, constants,
+                                    group);
     }
     store_sums<C>(sum + i, group.grad);
     store_sums<C>(xmu + i, group.product);
@@ -431,11 +442,11 @@ INLINE void rows_reduce_group(const BackwardArguments<T>& a, int64_t row, double
   });
 }
 
-template <typename T, KeepFrom K, bool Two>
+template <typename T, KeepFrom K, bool Two, bool Added>
 void rows_reduce_as(const BackwardArguments<T>& a, int64_t begin, int64_t end, double* sum, double* xmu, double* xmu2) {
   int64_t r = begin;
-  for (; r + kGroup <= end; r += kGroup) rows_reduce_group<T, K, Two, kGroup>(a, r, sum, xmu, xmu2);
-  for (; r < end; ++r) rows_reduce_group<T, K, Two, 1>(a, r, sum, xmu, xmu2);
+  for (; r + kGroup <= end; r += kGroup) rows_reduce_group<T, K, Two, Added, kGroup>(a, r, sum, xmu, xmu2);
+  for (; r < end; ++r) rows_reduce_group<T, K, Two, Added, 1>(a, r, sum, xmu, xmu2);
 }
 
 template <typename C, template <typename> class Constant>
@@ -450,12 +461,13 @@ struct BackwardConstants {
   }
 };
 
-template <typename T, template <typename> class Constant, KeepFrom K, bool Two>
+template <typename T, template <typename> class Constant, KeepFrom K, bool Two, bool Added>
 INLINE void backward_run(const BackwardArguments<T>& a, const BackwardConstants<Compute<T>, Constant>& k, int64_t at,
                          const uint8_t* mask, int64_t length) {
   using C = Compute<T>;
   constexpr int kLanes = Pack<C>::kLanes;
   const T* g = a.grad_output + at;
+  const T* g2 = Added ? a.grad_output2 + at : g;
   const T* x = a.input + at;
   const T* x2 = Two ? a.input2 + at : nullptr;
   const bool constant = a.constant_statistics, stream_output = a.stream;
@@ -472,15 +484,15 @@ INLINE void backward_run(const BackwardArguments<T>& a, const BackwardConstants<
   for_packs<kLanes>(length, [&](int64_t i, int first, int n) __attribute__((always_inline)) {
     Pack<C> difference = broadcast(C(0));
     if (K == KeepFrom::kInput || !constant) difference = load_n(x + i, n) - k.mean[i];
-    Pack<C> grad;
+    Pack<C> grad = load_gradient<T, Added>(g + i, g2 + i, n);
     if constexpr (K == KeepFrom::kMask) {
       // The pack that reaches back writes all its lanes again, so it needs their bits too.
       const uint32_t bits = first == 0 ? load_bits<kLanes>(mask, i, first, n) : load_bits_at<kLanes>(mask, i);
-      grad = select(from_bits<C>(bits), load_n(g + i, n));
+      grad = select(from_bits<C>(bits), grad);
     } else {
       Pack<C> normalized = difference;
       if constexpr (K == KeepFrom::kInput) normalized = multiply_add(difference, k.scale[i], k.bias[i]);
-      grad = behind_relu<T, K>(load_n(g + i, n), mask, i, first, n, normalized);
+      grad = behind_relu<T, K>(grad, mask, i, first, n, normalized);
     }
     if (grad_residual) put(grad_residual, i, grad, n);
     if (constant) {
@@ -499,66 +511,73 @@ INLINE void backward_run(const BackwardArguments<T>& a, const BackwardConstants<
   });
 }
 
-template <typename T, KeepFrom K, bool Two>
+template <typename T, KeepFrom K, bool Two, bool Added>
 void planes_backward_as(const BackwardArguments<T> a, int64_t channel, int64_t channels, int64_t begin, int64_t end) {
   for_planes<true>(a.shape, begin, end, [&](int64_t n, int64_t from, int64_t length) __attribute__((always_inline)) {
     for (int64_t c = channel; c < channel + channels; ++c) {
       const auto constants = BackwardConstants<Compute<T>, Uniform>::of(a, c);
       const int64_t plane = n * a.shape.channels + c;
       const uint8_t* mask = K == KeepFrom::kMask ? a.mask + plane * a.shape.mask_bytes() + from / 8 : nullptr;
-      backward_run<T, Uniform, K, Two>(a, constants, plane * a.shape.positions + from, mask, length);
+      backward_run<T, Uniform, K, Two, Added>(a, constants, plane * a.shape.positions + from, mask, length);
     }
   });
   if (a.stream) stream_fence();
 }
 
-template <typename T, KeepFrom K, bool Two>
+template <typename T, KeepFrom K, bool Two, bool Added>
 void rows_backward_as(const BackwardArguments<T> a, int64_t begin, int64_t end) {
   const auto constants = BackwardConstants<Compute<T>, PerChannel>::of(a, 0);
   for_rows_from_end<T>(a.shape, begin, end, [&](int64_t r) __attribute__((always_inline)) {
     const uint8_t* mask = K == KeepFrom::kMask ? a.mask + r * a.shape.mask_bytes() : nullptr;
-    backward_run<T, PerChannel, K, Two>(a, constants, r * a.shape.channels, mask, a.shape.channels);
+    backward_run<T, PerChannel, K, Two, Added>(a, constants, r * a.shape.channels, mask, a.shape.channels);
   });
   if (a.stream) stream_fence();
 }
 
 // Two branches always have a mask where they have a ReLU.
-#define RESNET_FUSED_BY_KEEP(function, a, ...)                                                                         \
+#define RESNET_FUSED_BY_KEEP_AND_BRANCHES(function, added, a, ...)                                                     \
   if ((a).input2 != nullptr) {                                                                                         \
-    if ((a).keep == KeepFrom::kMask) return function<T, KeepFrom::kMask, true>(a, __VA_ARGS__);                        \
-    return function<T, KeepFrom::kAll, true>(a, __VA_ARGS__);                                                          \
+    if ((a).keep == KeepFrom::kMask) return function<T, KeepFrom::kMask, true, added>(a, __VA_ARGS__);                 \
+    return function<T, KeepFrom::kAll, true, added>(a, __VA_ARGS__);                                                   \
   }                                                                                                                    \
   switch ((a).keep) {                                                                                                  \
     case KeepFrom::kMask:                                                                                              \
-      return function<T, KeepFrom::kMask, false>(a, __VA_ARGS__);                                                      \
+      return function<T, KeepFrom::kMask, false, added>(a, __VA_ARGS__);                                               \
     case KeepFrom::kInput:                                                                                             \
-      return function<T, KeepFrom::kInput, false>(a, __VA_ARGS__);                                                     \
+      return function<T, KeepFrom::kInput, false, added>(a, __VA_ARGS__);                                              \
     case KeepFrom::kAll:                                                                                               \
-      return function<T, KeepFrom::kAll, false>(a, __VA_ARGS__);                                                       \
+      return function<T, KeepFrom::kAll, false, added>(a, __VA_ARGS__);                                                \
+  }
+#define RESNET_FUSED_BY_GRADIENT(function, a, ...)                                                                     \
+  if ((a).grad_output2 != nullptr) {                                                                                   \
+    RESNET_FUSED_BY_KEEP_AND_BRANCHES(function, true, a, __VA_ARGS__)                                                  \
+  } else {                                                                                                             \
+    RESNET_FUSED_BY_KEEP_AND_BRANCHES(function, false, a, __VA_ARGS__)                                                 \
   }
 
 template <typename T>
 void planes_reduce(const BackwardArguments<T>& a, int64_t channel, int64_t channels, int64_t begin, int64_t end,
                    double* sums) {
-  RESNET_FUSED_BY_KEEP(planes_reduce_as, a, channel, channels, begin, end, sums)
+  RESNET_FUSED_BY_GRADIENT(planes_reduce_as, a, channel, channels, begin, end, sums)
 }
 
 template <typename T>
 void rows_reduce(const BackwardArguments<T>& a, int64_t begin, int64_t end, double* grad, double* xmu, double* xmu2) {
-  RESNET_FUSED_BY_KEEP(rows_reduce_as, a, begin, end, grad, xmu, xmu2)
+  RESNET_FUSED_BY_GRADIENT(rows_reduce_as, a, begin, end, grad, xmu, xmu2)
 }
 
 template <typename T>
 void planes_backward(const BackwardArguments<T>& a, int64_t channel, int64_t channels, int64_t begin, int64_t end) {
-  RESNET_FUSED_BY_KEEP(planes_backward_as, a, channel, channels, begin, end)
+  RESNET_FUSED_BY_GRADIENT(planes_backward_as, a, channel, channels, begin, end)
 }
 
 template <typename T>
 void rows_backward(const BackwardArguments<T>& a, int64_t begin, int64_t end) {
-  RESNET_FUSED_BY_KEEP(rows_backward_as, a, begin, end)
+  RESNET_FUSED_BY_GRADIENT(rows_backward_as, a, begin, end)
 }
 
-#undef RESNET_FUSED_BY_KEEP
+#undef RESNET_FUSED_BY_GRADIENT
+#undef RESNET_FUSED_BY_KEEP_AND_BRANCHES
 
 // Add and ReLU alone -------------------------------------------------------------------------------------------------------
 
@@ -585,7 +604,7 @@ void add_relu_backward(const T* grad_output, const uint8_t* mask, T* grad_input,
   a.constant_statistics = true;
   a.grad_residual = grad_input;
   const auto constants = BackwardConstants<Compute<T>, Uniform>::of(a, 0);
-  backward_run<T, Uniform, KeepFrom::kMask, false>(a, constants, begin, mask + begin / 8, end - begin);
+  backward_run<T, Uniform, KeepFrom::kMask, false, false>(a, constants, begin, mask + begin / 8, end - begin);
 }
 
 template <typename T>

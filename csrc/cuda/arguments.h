@@ -99,11 +99,12 @@ enum class KeepFrom : int32_t { kAll, kMask, kInput };
 // constants.
 //
 // What the gradient is made of, in both backward passes. The gradient behind the ReLU is grad_output where `keep` says
-// so.
+// so. Where there is a grad_output2, grad_output is the sum of both, rounded as a tensor of its own would round it.
 struct Gradient {
   Shape shape;
   Branch first, second;
   const void* grad_output;
+  const void* grad_output2;  // null without one
   const uint8_t* mask;
   KeepFrom keep;
   bool two;

@@ -1,6 +1,6 @@
 // The pass of the backward that applies: the gradients of the inputs and of the residual.
 //
-// It reads grad_output and, with batch statistics, the inputs once, the mask where there is one, and writes every
+// It reads grad_output, or both of them, and, with batch statistics, the inputs once, the mask where there is one, and writes every
 // gradient once. Blocks and threads own what they own in the forward (forward.cu, walk.cuh).
 #include "cuda/walk.cuh"
 
@@ -67,6 +67,15 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_backward_kernel(const Back
         if (read_input2) x2[u].load(g.second.input, p.at[u]);
       }
       if (by_mask) byte[u] = g.mask[p.byte[u]];
+    }
+    if (g.grad_output2 != nullptr) {  // behind all other loads, in registers that are free again at once
+#pragma unroll
+      for (int u = 0; u < U; ++u) {
+        if (!p.active[u]) continue;
+        Pack<T, V> second;
+        second.load(g.grad_output2, p.at[u]);
+        grad[u].add(second);
+      }
     }
 #pragma unroll
     for (int u = 0; u < U; ++u) {
@@ -145,8 +154,9 @@ cudaError_t launch_backward(Dtype dtype, const BackwardArguments& arguments, con
   const Shape& shape = g.shape;
   if (shape.numel() == 0) return cudaSuccess;
   if (g.grad_input == nullptr && g.grad_input2 == nullptr && g.grad_residual == nullptr) return cudaSuccess;
-  const int bytes = access_bytes(shape.inner() * size_of(dtype), {g.grad_output, g.first.input, g.second.input,
-                                                                  g.grad_input, g.grad_input2, g.grad_residual});
+  const int bytes = access_bytes(
+      shape.inner() * size_of(dtype),
+      {g.grad_output, g.grad_output2, g.first.input, g.second.input, g.grad_input, g.grad_input2, g.grad_residual});
   const Choice choice = dispatch(dtype, [&]<typename T>() { return choose<T>(bytes, shape.rows, g.two); });
   const WalkPlan plan = plan_walk(shape, choice.v, choice.unroll, address_of(choice.kernel));
   choice.kernel<<<plan.grid, plan.block, 0, launch.stream>>>(arguments, plan.walk);

@@ -17,18 +17,20 @@ namespace {
 struct Gradients {
   Gradients(const char* name, const Tensor& grad_output, const Tensor& input, const MaybeTensor& weight,
             const MaybeTensor& bias, const MaybeTensor& mask, bool relu, const MaybeTensor& input2 = std::nullopt,
-            const MaybeTensor& weight2 = std::nullopt)
+            const MaybeTensor& weight2 = std::nullopt, const MaybeTensor& grad_output2 = std::nullopt)
       : call(name, input),
         format(memory_format(input)),
         x(dense(input, format)),
         x2(input2 ? MaybeTensor(dense(*input2, format)) : std::nullopt),
         grad(dense(grad_output, format)),
+        grad2(grad_output2 ? MaybeTensor(dense(*grad_output2, format)) : std::nullopt),
         dtype(dtype_of(x)) {
     g.shape = shape_of(x);
     g.first = branch_of(x, weight, bias);
     if (x2) g.second = branch_of(*x2, weight2, std::nullopt);
     g.two = x2.has_value();
     g.grad_output = data_of(grad);
+    if (grad2) g.grad_output2 = data_of(*grad2);
     g.keep = KeepFrom::kAll;
     if (relu && mask) {
       check_mask(*mask, g.shape.runs(), g.shape.mask_bytes());
@@ -89,6 +91,7 @@ struct Gradients {
   Tensor x;
   MaybeTensor x2;
   Tensor grad;
+  MaybeTensor grad2;
   Dtype dtype;
   Gradient g{};
   ReduceArguments sums{};
@@ -112,9 +115,12 @@ using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 Four batch_norm_add_relu_train_backward(const Tensor& grad_output, const Tensor& input, const MaybeTensor& weight,
                                         const MaybeTensor& bias, const Tensor& mean, const Tensor& invstd,
                                         const MaybeTensor& mask, bool relu, bool needs_input_grad,
-                                        bool needs_residual_grad, bool needs_weight_grad, bool needs_bias_grad) {
+                                        bool needs_residual_grad, bool needs_weight_grad, bool needs_bias_grad,
+                                        const MaybeTensor& grad_output2) {
   check_backward(grad_output, input, weight, bias, mean, invstd);
-  Gradients r("batch_norm_add_relu_train_backward", grad_output, input, weight, bias, mask, relu);
+  check_same(grad_output2, "grad_output2", input);
+  Gradients r("batch_norm_add_relu_train_backward", grad_output, input, weight, bias, mask, relu, std::nullopt,
+              std::nullopt, grad_output2);
   take_invstd(r.g.first, mean, invstd);
   const Tensor grad_input = r.wanted(needs_input_grad, r.g.grad_input);
   const Tensor grad_residual = r.wanted(needs_residual_grad, r.g.grad_residual);
@@ -127,9 +133,12 @@ Four batch_norm_add_relu_train_backward(const Tensor& grad_output, const Tensor&
 Four batch_norm_add_relu_eval_backward(const Tensor& grad_output, const Tensor& input, const MaybeTensor& weight,
                                        const MaybeTensor& bias, const Tensor& running_mean, const Tensor& running_var,
                                        const MaybeTensor& mask, double eps, bool relu, bool needs_input_grad,
-                                       bool needs_residual_grad, bool needs_weight_grad, bool needs_bias_grad) {
+                                       bool needs_residual_grad, bool needs_weight_grad, bool needs_bias_grad,
+                                       const MaybeTensor& grad_output2) {
   check_backward(grad_output, input, weight, bias, running_mean, running_var);
-  Gradients r("batch_norm_add_relu_eval_backward", grad_output, input, weight, bias, mask, relu);
+  check_same(grad_output2, "grad_output2", input);
+  Gradients r("batch_norm_add_relu_eval_backward", grad_output, input, weight, bias, mask, relu, std::nullopt,
+              std::nullopt, grad_output2);
   take_var(r.g.first, running_mean, running_var, eps);
   const Tensor grad_input = r.wanted(needs_input_grad, r.g.grad_input);
   const Tensor grad_residual = r.wanted(needs_residual_grad, r.g.grad_residual);
@@ -146,10 +155,12 @@ template <typename Statistics, typename Run>
 Six dual_backward(const char* name, const Tensor& grad_output, const Tensor& input, const MaybeTensor& weight,
                   const Tensor& input2, const MaybeTensor& weight2, const MaybeTensor& mask, bool relu,
                   bool needs_input_grad, bool needs_weight_grad, bool needs_bias_grad, bool needs_input2_grad,
-                  bool needs_weight2_grad, bool needs_bias2_grad, const Statistics& statistics, const Run& run) {
+                  bool needs_weight2_grad, bool needs_bias2_grad, const MaybeTensor& grad_output2,
+                  const Statistics& statistics, const Run& run) {
+  check_same(grad_output2, "grad_output2", input);
   check_same(input2, "input2", input);
   check_per_channel(weight2, "weight2", input);
-  Gradients r(name, grad_output, input, weight, std::nullopt, mask, relu, input2, weight2);
+  Gradients r(name, grad_output, input, weight, std::nullopt, mask, relu, input2, weight2, grad_output2);
   statistics(r.g.first, r.g.second);
   const Tensor grad_input = r.wanted(needs_input_grad, r.g.grad_input);
   const Tensor grad_weight = r.wanted(needs_weight_grad, weight, r.sums.grad_weight);
@@ -168,13 +179,15 @@ Six dual_batch_norm_add_relu_train_backward(const Tensor& grad_output, const Ten
                                             const MaybeTensor& weight2, const Tensor& mean2, const Tensor& invstd2,
                                             const MaybeTensor& mask, bool relu, bool needs_input_grad,
                                             bool needs_weight_grad, bool needs_bias_grad, bool needs_input2_grad,
-                                            bool needs_weight2_grad, bool needs_bias2_grad) {
+                                            bool needs_weight2_grad, bool needs_bias2_grad,
+                                            const MaybeTensor& grad_output2) {
   check_backward(grad_output, input, weight, std::nullopt, mean, invstd);
   check_per_channel(mean2, "mean2", input);
   check_per_channel(invstd2, "invstd2", input);
   return dual_backward(
       "dual_batch_norm_add_relu_train_backward", grad_output, input, weight, input2, weight2, mask, relu,
       needs_input_grad, needs_weight_grad, needs_bias_grad, needs_input2_grad, needs_weight2_grad, needs_bias2_grad,
+      grad_output2,
       [&](Branch& first, Branch& second) {
         take_invstd(first, mean, invstd);
         take_invstd(second, mean2, invstd2);
@@ -188,13 +201,14 @@ Six dual_batch_norm_add_relu_eval_backward(const Tensor& grad_output, const Tens
                                            const Tensor& running_var2, const MaybeTensor& mask, double eps, double eps2,
                                            bool relu, bool needs_input_grad, bool needs_weight_grad,
                                            bool needs_bias_grad, bool needs_input2_grad, bool needs_weight2_grad,
-                                           bool needs_bias2_grad) {
+                                           bool needs_bias2_grad, const MaybeTensor& grad_output2) {
   check_backward(grad_output, input, weight, std::nullopt, running_mean, running_var);
   check_per_channel(running_mean2, "running_mean2", input);
   check_per_channel(running_var2, "running_var2", input);
   return dual_backward(
       "dual_batch_norm_add_relu_eval_backward", grad_output, input, weight, input2, weight2, mask, relu,
       needs_input_grad, needs_weight_grad, needs_bias_grad, needs_input2_grad, needs_weight2_grad, needs_bias2_grad,
+      grad_output2,
       [&](Branch& first, Branch& second) {
         take_var(first, running_mean, running_var, eps);
         take_var(second, running_mean2, running_var2, eps2);

@@ -94,6 +94,13 @@ struct Pack {
       }
     }
   }
+  // Rounds to T, as a sum that is written to memory.
+  __device__ __forceinline__ void add(const Pack& other) {
+    Values<Compute<T>, V> sum;
+#pragma unroll
+    for (int i = 0; i < V; ++i) sum.v[i] = (*this)[i] + other[i];
+    *this = of(sum);
+  }
   // Rounds to T.
   static __device__ __forceinline__ Pack of(const Values<Compute<T>, V>& v) {
     Pack r;
@@ -132,6 +139,7 @@ struct Pack<T, 1> {
   __device__ __forceinline__ void keep(unsigned bits) {
     if (!(bits & 1)) value = rounded<T>(0);
   }
+  __device__ __forceinline__ void add(const Pack& other) { value = rounded<T>((*this)[0] + other[0]); }
   static __device__ __forceinline__ Pack of(const Values<Compute<T>, 1>& v) { return {rounded<T>(v[0])}; }
 };
 

@@ -62,11 +62,11 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_on_chip_backward_planes_ke
         __syncthreads();
       },
       [&](const Place(&p)[U], PlaneGroups<T, kSums, V, U, kCompensated<T>>& groups) {
-        terms_of<T, V, U, false>(a, p, BlockConstants<C, V>{constants}, groups,
-                                 [&](int, const Pack<T, V>& grad, const Pack<T, V>& x) {
-                                   stash.put(grad);
-                                   stash.put(x);
-                                 });
+        terms_of<T, V, U, false, true>(a, p, BlockConstants<C, V>{constants}, groups,
+                                       [&](int, const Pack<T, V>& grad, const Pack<T, V>& x) {
+                                         stash.put(grad);
+                                         stash.put(x);
+                                       });
       },
       [&](int64_t channel, const double (&sums)[kSums]) { finish_channel<T>(a, channel, sums[0], sums[1], 0); });
   cooperative_groups::this_grid().sync();
@@ -93,11 +93,11 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_on_chip_backward_rows_kern
       w,
       [&](int64_t first, int channels) { tile_constants<T, V>(a.gradient, w.tile_slots, first, channels, constants); },
       [&](const Place(&p)[U], int column, RowGroups<T, kSums, V, kCompensated<T>>& groups) {
-        terms_of<T, V, U, false>(a, p, RowConstants<C, kConstants, V>{constants, column, w.tile_slots}, groups,
-                                 [&](int, const Pack<T, V>& grad, const Pack<T, V>& x) {
-                                   stash.put(grad);
-                                   stash.put(x);
-                                 });
+        terms_of<T, V, U, false, true>(a, p, RowConstants<C, kConstants, V>{constants, column, w.tile_slots}, groups,
+                                       [&](int, const Pack<T, V>& grad, const Pack<T, V>& x) {
+                                         stash.put(grad);
+                                         stash.put(x);
+                                       });
       },
       [&](int64_t channel, const double (&sums)[kSums]) { finish_channel<T>(a, channel, sums[0], sums[1], 0); });
   cooperative_groups::this_grid().sync();
@@ -133,8 +133,8 @@ bool launch_on_chip_backward(Dtype dtype, const ReduceArguments& reduce, const L
   const Gradient& g = reduce.gradient;
   const Shape& shape = g.shape;
   if (dtype == Dtype::kDouble || shape.numel() == 0 || shape.inner() % 8 != 0) return false;
-  if (access_bytes(shape.inner() * size_of(dtype), {g.first.input, g.grad_output, g.grad_input, g.grad_residual}) !=
-      16) {
+  if (access_bytes(shape.inner() * size_of(dtype),
+                   {g.first.input, g.grad_output, g.grad_output2, g.grad_input, g.grad_residual}) != 16) {
     return false;
   }
   const auto [kernel, v, group] = dispatch(dtype, [&]<typename T>() -> std::tuple<Kernel*, int, int> {

@@ -1,7 +1,7 @@
 // The pass of the backward that reduces: sums over a channel of the gradient behind the ReLU, and of it times (x -
 // mean).
 //
-// It reads grad_output, the inputs and the mask once. In planes a block owns a channel or chunks of one, in rows a tile
+// It reads grad_output, or both of them, the inputs and the mask once. In planes a block owns a channel or chunks of one, in rows a tile
 // of channels and chunks of rows (sums.cuh). The last block of a channel writes the gradients of weight and bias and
 // the constants of the pass that applies. It writes nothing else, with constant statistics neither, when it could: the
 // registers that this takes cost every other call.
@@ -14,7 +14,7 @@ namespace {
 using Kernel = void(ReduceArguments, SumsWalk);
 using namespace reduction;
 
-template <typename T, int V, bool kTwo>
+template <typename T, int V, bool kTwo, bool kAdded>
 __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_reduce_planes_kernel(const ReduceArguments a, const SumsWalk w) {
   using C = Compute<T>;
   constexpr int U = unroll<T, V, kTwo>(), K = kTwo ? 3 : 2;
@@ -27,14 +27,15 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_reduce_planes_kernel(const
         __syncthreads();
       },
       [&](const Place(&p)[U], PlaneGroups<T, K, V, U, kCompensated<T>>& groups) {
-        terms_of<T, V, U, kTwo>(a, p, BlockConstants<C, V>{constants}, groups, [](int, const auto&, const auto&) {});
+        terms_of<T, V, U, kTwo, kAdded>(a, p, BlockConstants<C, V>{constants}, groups,
+                                        [](int, const auto&, const auto&) {});
       },
       [&](int64_t channel, const double (&sums)[K]) {
         finish_channel<T>(a, channel, sums[0], sums[1], kTwo ? sums[K - 1] : 0);
       });
 }
 
-template <typename T, int V, bool kTwo>
+template <typename T, int V, bool kTwo, bool kAdded>
 __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_reduce_rows_kernel(const ReduceArguments a, const SumsWalk w) {
   using C = Compute<T>;
   constexpr int U = unroll<T, V, kTwo>(), K = kTwo ? 3 : 2;
@@ -43,8 +44,8 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_reduce_rows_kernel(const R
       w,
       [&](int64_t first, int channels) { tile_constants<T, V>(a.gradient, w.tile_slots, first, channels, constants); },
       [&](const Place(&p)[U], int column, RowGroups<T, K, V, kCompensated<T>>& groups) {
-        terms_of<T, V, U, kTwo>(a, p, RowConstants<C, kConstants, V>{constants, column, w.tile_slots}, groups,
-                                [](int, const auto&, const auto&) {});
+        terms_of<T, V, U, kTwo, kAdded>(a, p, RowConstants<C, kConstants, V>{constants, column, w.tile_slots}, groups,
+                                        [](int, const auto&, const auto&) {});
       },
       [&](int64_t channel, const double (&sums)[K]) {
         finish_channel<T>(a, channel, sums[0], sums[1], kTwo ? sums[K - 1] : 0);
@@ -56,16 +57,21 @@ struct Choice {
   int v, unroll;
 };
 
+template <typename T, int V, bool kTwo, bool kAdded>
+Choice choose(bool rows) {
+  constexpr int U = unroll<T, V, kTwo>();
+  if (rows) return {batch_norm_reduce_rows_kernel<T, V, kTwo, kAdded>, V, U};
+  return {batch_norm_reduce_planes_kernel<T, V, kTwo, kAdded>, V, U};
+}
+
 template <typename T, bool kTwo>
-Choice choose(int bytes, bool rows) {
+Choice choose(int bytes, bool rows, bool added) {
   constexpr int V = 16 / sizeof(T);
-  if (rows && bytes == 16) return {batch_norm_reduce_rows_kernel<T, V, kTwo>, V, unroll<T, V, kTwo>()};
-  if (rows) return {batch_norm_reduce_rows_kernel<T, 1, kTwo>, 1, unroll<T, 1, kTwo>()};
-  if (bytes == 16) return {batch_norm_reduce_planes_kernel<T, V, kTwo>, V, unroll<T, V, kTwo>()};
+  if (bytes == 16) return choose<T, V, kTwo, true>(rows);
   if constexpr (sizeof(T) == 2) {
-    if (bytes == 8) return {batch_norm_reduce_planes_kernel<T, 4, kTwo>, 4, unroll<T, 4, kTwo>()};
+    if (bytes == 8 && !rows) return {batch_norm_reduce_planes_kernel<T, 4, kTwo, true>, 4, 1};
   }
-  return {batch_norm_reduce_planes_kernel<T, 1, kTwo>, 1, unroll<T, 1, kTwo>()};
+  return added ? choose<T, 1, kTwo, true>(rows) : choose<T, 1, kTwo, false>(rows);
 }
 
 }  // namespace
@@ -74,9 +80,11 @@ cudaError_t launch_reduce(Dtype dtype, const ReduceArguments& arguments, const L
   const Gradient& g = arguments.gradient;
   const Shape& shape = g.shape;
   if (shape.channels == 0) return cudaSuccess;
-  const int bytes = access_bytes(shape.inner() * size_of(dtype), {g.grad_output, g.first.input, g.second.input});
+  const int bytes =
+      access_bytes(shape.inner() * size_of(dtype), {g.grad_output, g.grad_output2, g.first.input, g.second.input});
   const Choice choice = dispatch(dtype, [&]<typename T>() {
-    return g.two ? choose<T, true>(bytes, shape.rows) : choose<T, false>(bytes, shape.rows);
+    const bool added = g.grad_output2 != nullptr;
+    return g.two ? choose<T, true>(bytes, shape.rows, added) : choose<T, false>(bytes, shape.rows, added);
   });
   const int sums = g.two ? 3 : 2;
   const int group = size_of(dtype) == 2 ? 8 : 4;

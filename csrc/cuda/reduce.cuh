@@ -75,53 +75,66 @@ __device__ __forceinline__ Values<C, V> all(C value) {
 
 // Adds to the groups of terms what U accesses are worth; `constants.get<k>()` gives V values, and taken(u, gradient
 // behind the ReLU, input) gets every pack.
-template <typename T, int V, int U, bool kTwo, typename Constants, typename Terms, typename Taken>
+template <typename T, int V, int U, bool kTwo, bool kAdded, typename Constants, typename Terms, typename Taken>
 __device__ __forceinline__ void terms_of(const ReduceArguments& a, const Place (&p)[U], const Constants& constants,
                                          Terms& groups, const Taken& taken) {
   using C = Compute<T>;
   const Gradient& g = a.gradient;
+  // As many at once as registers go. Narrow accesses, which have kernels of their own where there is a second gradient, go
+  // one by one there; the terms keep their order.
+  constexpr bool kNarrow = V == 1;
+  constexpr int W = kAdded && U > 2 ? 1 : U;
   Pack<T, V> grad[U], x[U], x2[kTwo ? U : 1];
   unsigned bits[U];
 #pragma unroll
-  for (int u = 0; u < U; ++u) {
-    bits[u] = ~0u;
-    if (!p[u].active) continue;
-    grad[u].load(g.grad_output, p[u].at);
-    if (a.read_input) x[u].load(g.first.input, p[u].at);
-    if constexpr (kTwo) {
-      if (a.read_input2) x2[u].load(g.second.input, p[u].at);
-    }
-    if (g.keep == KeepFrom::kMask) bits[u] = g.mask[p[u].byte] >> p[u].bit;
-  }
+  for (int from = 0; from < U; from += W) {
 #pragma unroll
-  for (int u = 0; u < U; ++u) {
-    if constexpr (!kTwo) {
-      if (g.keep == KeepFrom::kInput) {
-        const auto mean = constants.template get<kMean>(), scale = constants.template get<kScale>();
-        const auto bias = constants.template get<kBias>();
-        Values<C, V> y;
-#pragma unroll
-        for (int i = 0; i < V; ++i) y.v[i] = normalized(x[u][i], mean[i], scale[i], bias[i]);
-        // As the forward rounded it, to the bit.
-        const auto output = Pack<T, V>::of(y);
-        bits[u] = 0;
-#pragma unroll
-        for (int i = 0; i < V; ++i) bits[u] |= positive_or_nan(output[i]) ? 1u << i : 0;
+    for (int u = from; u < from + W; ++u) {
+      if (kAdded && kNarrow) asm volatile("" ::: "memory");  // or loads move ahead and registers spill
+      bits[u] = ~0u;
+      if (!p[u].active) continue;
+      grad[u].load(g.grad_output, p[u].at);
+      if (a.read_input) x[u].load(g.first.input, p[u].at);
+      if constexpr (kTwo) {
+        if (a.read_input2) x2[u].load(g.second.input, p[u].at);
+      }
+      if (g.keep == KeepFrom::kMask) bits[u] = g.mask[p[u].byte] >> p[u].bit;
+      if (kAdded && (kNarrow || g.grad_output2 != nullptr)) {
+        Pack<T, V> second;  // in registers that are free again at once
+        second.load(g.grad_output2, p[u].at);
+        grad[u].add(second);
       }
     }
-    grad[u].keep(bits[u]);
-    taken(u, grad[u], x[u]);
-    // What was not read is zero, and an origin finite: nothing but zeros is added for it.
-    const auto origin = constants.template get<kOrigin>();
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-      groups.at(0, u, i).add(grad[u][i]);
-      groups.at(1, u, i).add_product(grad[u][i], x[u][i] - origin[i]);
-    }
-    if constexpr (kTwo) {
-      const auto origin2 = constants.template get<kOrigin2>();
+    for (int u = from; u < from + W; ++u) {
+      if constexpr (!kTwo) {
+        if (g.keep == KeepFrom::kInput) {
+          const auto mean = constants.template get<kMean>(), scale = constants.template get<kScale>();
+          const auto bias = constants.template get<kBias>();
+          Values<C, V> y;
 #pragma unroll
-      for (int i = 0; i < V; ++i) groups.at(2, u, i).add_product(grad[u][i], x2[u][i] - origin2[i]);
+          for (int i = 0; i < V; ++i) y.v[i] = normalized(x[u][i], mean[i], scale[i], bias[i]);
+          // As the forward rounded it, to the bit.
+          const auto output = Pack<T, V>::of(y);
+          bits[u] = 0;
+#pragma unroll
+          for (int i = 0; i < V; ++i) bits[u] |= positive_or_nan(output[i]) ? 1u << i : 0;
+        }
+      }
+      grad[u].keep(bits[u]);
+      taken(u, grad[u], x[u]);
+      // What was not read is zero, and an origin finite: nothing but zeros is added for it.
+      const auto origin = constants.template get<kOrigin>();
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        groups.at(0, u, i).add(grad[u][i]);
+        groups.at(1, u, i).add_product(grad[u][i], x[u][i] - origin[i]);
+      }
+      if constexpr (kTwo) {
+        const auto origin2 = constants.template get<kOrigin2>();
+#pragma unroll
+        for (int i = 0; i < V; ++i) groups.at(2, u, i).add_product(grad[u][i], x2[u][i] - origin2[i]);
+      }
     }
   }
 }

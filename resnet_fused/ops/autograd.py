@@ -7,6 +7,9 @@ the host than a registered formula, which is what counts for small tensors.
 A formula runs the fused backward operator. Where a graph of the gradient is asked for (double backward), it runs the
 reference instead, whose torch operations autograd follows; the statistics are then made again from the input, for
 they depend on it.
+
+In eager a formula may get the gradient of its output in two parts, and leave that of its residual with the node that
+made the residual: handover.py.
 """
 
 from collections.abc import Callable
@@ -17,7 +20,7 @@ from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
 from torch.autograd import forward_ad
 
-from . import layout, recomputation, reference
+from . import handover, layout, recomputation, reference
 from .dispatch import below_autograd
 
 _LIBRARY = torch.ops.resnet_fused
@@ -50,9 +53,10 @@ class _Formula:
 
     def backward(self, ctx, grad_output, *_):
         count = len(ctx.needs_input_grad)
+        grad_output, grad_output2 = handover.both(ctx, grad_output)
         if grad_output is None:
             return _NOTHING[:count]
-        gradients = self._backward(ctx, grad_output)
+        gradients = self._backward(ctx, grad_output, grad_output2)
         return gradients + _NOTHING[len(gradients) : count]
 
     def function(self) -> type[torch.autograd.Function]:
@@ -61,6 +65,7 @@ class _Formula:
         def forward(ctx, *inputs):
             with below_autograd():
                 output = self.op(*inputs)
+            handover.begin(ctx, output[0])
             self.save(ctx, inputs, output, recomputation.is_on())
             return output[0]
 
@@ -74,13 +79,16 @@ class _Formula:
         """
 
         def backward(ctx, grad_output):
-            return *self._backward(ctx, grad_output), None
+            grad_output, grad_output2 = handover.both(ctx, grad_output)
+            if grad_output is None:
+                return _NOTHING[: len(ctx.needs_input_grad)]
+            return *self._backward(ctx, grad_output, grad_output2), None
 
         return self._function(forward, backward)
 
     def _function(self, forward: Callable, backward: Callable) -> type[torch.autograd.Function]:
         members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        return type(self.name, (torch.autograd.Function,), members)
+        return handover.through(type(self.name, (torch.autograd.Function,), members))
 
 
 _NOTHING = (None,) * 16
@@ -97,6 +105,11 @@ def _backward_op(name: str, *arguments):
         return op(*arguments)
 
 
+def _sum(grad_output: Tensor, grad_output2: Tensor | None) -> Tensor:
+    """Of an operator whose backward takes one gradient."""
+    return grad_output if grad_output2 is None else grad_output + grad_output2
+
+
 def _batch_statistics(input: Tensor, eps: float, mean: Tensor, invstd: Tensor):
     """The saved statistics, or, for double backward, the same as functions of the input."""
     if not torch.is_grad_enabled():
@@ -105,11 +118,11 @@ def _batch_statistics(input: Tensor, eps: float, mean: Tensor, invstd: Tensor):
     return mean, (var + eps).rsqrt()
 
 
-def _residual_gradient(relu: bool, needed: bool, grad_output: Tensor, grad_residual: Tensor):
+def _residual_gradient(written: bool, needed: bool, grad_output: Tensor, grad_residual: Tensor):
     """Without a ReLU the gradient passes to the residual as it is, and no operator writes it again."""
     if not needed:
         return None
-    return grad_residual if relu else grad_output
+    return grad_residual if written else grad_output
 
 
 # relu(batch_norm(input) + residual), batch statistics -------------------------------------------------------------
@@ -130,7 +143,7 @@ def _copied(vector: Tensor | None) -> Tensor | None:
 def _save_train(ctx, inputs, output, recomputed):
     input, weight, bias, residual, eps, relu, _ = inputs
     result, mean, _, invstd, mask = output
-    ctx.settings = relu, eps, input.stride()
+    ctx.settings = relu, eps, input.stride(), 1 + (weight is not None) + (bias is not None)
     masked = relu and residual is not None
     if recomputed or not masked:
         bias = _copied(bias)
@@ -142,25 +155,31 @@ def _save_train(ctx, inputs, output, recomputed):
         recomputation.note_train(result, input, weight, bias, residual, mean, invstd, relu)
 
 
-def _backward_train(ctx, grad_output):
+def _backward_train(ctx, grad_output, grad_output2):
     input, weight, bias, mean, invstd, mask = ctx.saved_tensors
     needs_input, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
-    relu, eps, strides = ctx.settings
+    relu, eps, strides, residual_edge = ctx.settings
     if input.stride() != strides:
         input = layout.restored(input, strides)
     if mask is not None:
         bias = weight  # only its dtype counts
-    needs = (needs_input, needs_residual and relu, needs_weight, needs_bias)
+    # Without a ReLU the residual's gradient is the output's, as it is: no operator need write it again.
+    writes_residual = needs_residual and (relu or grad_output2 is not None)
+    needs = (needs_input, writes_residual, needs_weight, needs_bias)
     if torch.is_grad_enabled():
         mean, invstd = _batch_statistics(input, eps, mean, invstd)
         run = reference.batch_norm_add_relu_train_backward
-        gradients = run(grad_output, input, weight, bias, mean, invstd, mask, relu, *needs)
+        gradients = run(grad_output, input, weight, bias, mean, invstd, mask, relu, *needs, grad_output2)
     else:
         with below_autograd():
-            gradients = _TRAIN_BACKWARD(grad_output, input, weight, bias, mean, invstd, mask, relu, *needs)
+            gradients = _TRAIN_BACKWARD(
+                grad_output, input, weight, bias, mean, invstd, mask, relu, *needs, grad_output2
+            )
     grad_input, grad_residual, grad_weight, grad_bias = gradients
-    if not relu:
-        grad_residual = grad_output  # as it is: no operator need write it again
+    if needs_residual:
+        grad_residual = grad_residual if writes_residual else grad_output
+        if needs_weight and handover.give(ctx, residual_edge, 1, grad_residual):
+            needs_residual = False
     return (
         grad_input if needs_input else None,
         grad_weight if needs_weight else None,
@@ -176,6 +195,7 @@ def _save_eval(ctx, inputs, output, recomputed):
     input, weight, bias, residual, running_mean, running_var, eps, relu, _ = inputs
     ctx.masked = relu and residual is not None
     ctx.relu, ctx.eps = relu, eps
+    ctx.residual_edge = 1 + (weight is not None) + (bias is not None)
     if recomputed or not ctx.masked:
         bias = _copied(bias)
     mean, var = _copied(running_mean), _copied(running_var)
@@ -184,9 +204,10 @@ def _save_eval(ctx, inputs, output, recomputed):
         recomputation.note_eval(output[0], input, weight, bias, residual, mean, var, eps, relu)
 
 
-def _backward_eval(ctx, grad_output):
+def _backward_eval(ctx, grad_output, grad_output2):
     input, weight, bias, running_mean, running_var, mask = ctx.saved_tensors
     needs_input, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
+    writes_residual = needs_residual and (ctx.relu or grad_output2 is not None)
     grad_input, grad_residual, grad_weight, grad_bias = _backward_op(
         "batch_norm_add_relu_eval_backward",
         grad_output,
@@ -199,15 +220,19 @@ def _backward_eval(ctx, grad_output):
         ctx.eps,
         ctx.relu,
         needs_input,
-        needs_residual and ctx.relu,
+        writes_residual,
         needs_weight,
         needs_bias,
+        grad_output2,
     )
+    grad_residual = _residual_gradient(writes_residual, needs_residual, grad_output, grad_residual)
+    if needs_residual and needs_weight and handover.give(ctx, ctx.residual_edge, 1, grad_residual):
+        grad_residual = None
     return (
         grad_input if needs_input else None,
         grad_weight if needs_weight else None,
         grad_bias if needs_bias else None,
-        _residual_gradient(ctx.relu, needs_residual, grad_output, grad_residual),
+        grad_residual,
     )
 
 
@@ -221,13 +246,14 @@ def _save_apply(ctx, inputs, output, recomputed):
     ctx.save_for_backward(input, weight, bias, mean, invstd, output[1] if ctx.masked else None)
 
 
-def _backward_apply(ctx, grad_output):
+def _backward_apply(ctx, grad_output, grad_output2):
     """Statistics are inputs of their own here: SyncBatchNorm, which made them from its input, has a backward of its
     own.
     """
     input, weight, bias, mean, invstd, mask = ctx.saved_tensors
     needs_input, needs_weight, needs_bias, needs_residual, needs_mean, needs_invstd = ctx.needs_input_grad[:6]
     input = layout.restored(input, ctx.strides)
+    grad_output = _sum(grad_output, grad_output2)
     with torch.set_grad_enabled(torch.is_grad_enabled()):
         zeros = torch.zeros_like(invstd)
         common = (grad_output, input, weight, bias, mean, invstd, mask)
@@ -268,7 +294,7 @@ def _save_dual_train(ctx, inputs, output, recomputed):
         recomputation.note_dual_train(result, branch, branch2, relu)
 
 
-def _backward_dual_train(ctx, grad_output):
+def _backward_dual_train(ctx, grad_output, grad_output2):
     input, weight, mean, invstd, input2, weight2, mean2, invstd2, mask = ctx.saved_tensors
     needs = ctx.needs_input_grad[:6]
     input, input2 = (layout.restored(saved, ctx.strides) for saved in (input, input2))
@@ -288,6 +314,7 @@ def _backward_dual_train(ctx, grad_output):
         mask,
         ctx.relu,
         *needs,
+        grad_output2,
     )
     return tuple(g if needed else None for g, needed in zip(gradients, needs, strict=True))
 
@@ -302,7 +329,7 @@ def _save_dual_eval(ctx, inputs, output, recomputed):
         recomputation.note_dual_eval(output[0], branch, branch2, eps, eps2, relu)
 
 
-def _backward_dual_eval(ctx, grad_output):
+def _backward_dual_eval(ctx, grad_output, grad_output2):
     input, weight, mean, var, input2, weight2, mean2, var2, mask = ctx.saved_tensors
     flags = ctx.needs_input_grad
     needs = (*flags[0:3], *flags[5:8])
@@ -323,6 +350,7 @@ def _backward_dual_eval(ctx, grad_output):
         ctx.eps2,
         ctx.relu,
         *needs,
+        grad_output2,
     )
     gradients = [g if needed else None for g, needed in zip(gradients, needs, strict=True)]
     return *gradients[:3], None, None, *gradients[3:]
@@ -335,8 +363,9 @@ def _save_add_relu(ctx, inputs, output, recomputed):
     ctx.save_for_backward(output[1])
 
 
-def _backward_add_relu(ctx, grad_output):
+def _backward_add_relu(ctx, grad_output, grad_output2):
     (mask,) = ctx.saved_tensors
+    grad_output = _sum(grad_output, grad_output2)
     if is_legacy_batchedtensor(grad_output):  # a batch of gradients, whose layout nobody may ask for
         like = torch.empty_strided(grad_output.shape, ctx.strides, dtype=grad_output.dtype, device="meta")
         keep = layout.unflat(layout.unpack(mask, grad_output.numel()), like)
@@ -377,6 +406,7 @@ def _train_with_update(ctx, input, weight, bias, residual, settings):
         input, weight, bias, residual, running_mean, running_var, momentum, eps, relu, save_mask
     )
     if ctx is not None:
+        handover.begin(ctx, output)
         inputs = (input, weight, bias, residual, eps, relu, save_mask)
         _save_train(ctx, inputs, (output, mean, None, invstd, mask), recomputation.is_on())
     return output
@@ -403,6 +433,7 @@ def _dual_train_with_update(ctx, input, weight, bias, input2, weight2, bias2, se
         save_mask,
     )
     if ctx is not None:
+        handover.begin(ctx, output)
         ctx.strides = input.stride()
         inputs = (input, weight, bias, input2, weight2, bias2, eps, eps2, relu, save_mask)
         _save_dual_train(ctx, inputs, (output, mean, None, invstd, mean2, None, invstd2, mask), recomputation.is_on())

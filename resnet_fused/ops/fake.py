@@ -41,9 +41,10 @@ def batch_norm_add_relu_apply(input, weight, bias, residual, mean, invstd, relu,
     return _like(input), _mask(relu and save_mask and residual is not None, input)
 
 
-def _check_backward(grad_output, input, weight, bias, mean, mask):
+def _check_backward(grad_output, input, weight, bias, mean, mask, grad_output2=None):
     checks.batch_norm(input, weight, bias)
     checks.same_shape(grad_output, "grad_output", input)
+    checks.same_shape(grad_output2, "grad_output2", input)
     checks.per_channel(mean, "mean", input)
     if mask is not None:
         checks.mask(mask, layout.mask_shape(input))
@@ -91,8 +92,9 @@ def batch_norm_add_relu_train_backward(
     needs_residual_grad,
     needs_weight_grad,
     needs_bias_grad,
+    grad_output2=None,
 ):
-    _check_backward(grad_output, input, weight, bias, mean, mask)
+    _check_backward(grad_output, input, weight, bias, mean, mask, grad_output2)
     return (
         _or_empty(needs_input_grad, input),
         _or_empty(needs_residual_grad, input),
@@ -123,6 +125,7 @@ def batch_norm_add_relu_eval_backward(
     needs_residual_grad,
     needs_weight_grad,
     needs_bias_grad,
+    grad_output2=None,
 ):
     return batch_norm_add_relu_train_backward(
         grad_output,
@@ -137,6 +140,7 @@ def batch_norm_add_relu_eval_backward(
         needs_residual_grad,
         needs_weight_grad,
         needs_bias_grad,
+        grad_output2,
     )
 
 
@@ -170,9 +174,10 @@ def dual_batch_norm_add_relu_train_backward(
     needs_input2_grad,
     needs_weight2_grad,
     needs_bias2_grad,
+    grad_output2=None,
 ):
     _check_dual(input, weight, None, input2, weight2, None)
-    _check_backward(grad_output, input, weight, None, mean, mask)
+    _check_backward(grad_output, input, weight, None, mean, mask, grad_output2)
     return (
         _or_empty(needs_input_grad, input),
         _affine(needs_weight_grad, weight, input),
@@ -226,7 +231,7 @@ def dual_batch_norm_add_relu_eval_backward(
     eps,
     eps2,
     relu,
-    *needs,
+    *needs_and_grad_output2,
 ):
     return dual_batch_norm_add_relu_train_backward(
         grad_output,
@@ -240,7 +245,7 @@ def dual_batch_norm_add_relu_eval_backward(
         running_var2,
         mask,
         relu,
-        *needs,
+        *needs_and_grad_output2,
     )
 
 

@@ -43,6 +43,11 @@ def _rectify(value, like, relu, save_mask):
     return output, mask
 
 
+def _added(grad_output, grad_output2, input):
+    """The gradient, or the sum of two of them, rounded to their dtype."""
+    return grad_output if grad_output2 is None else layout.dense(grad_output + grad_output2, input)
+
+
 def _behind_relu(grad_output, input, keep):
     """The gradient before the ReLU, in the dtype of the statistics."""
     grad = grad_output.to(layout.statistics_dtype(input.dtype))
@@ -160,7 +165,9 @@ def batch_norm_add_relu_train_backward(
     needs_residual_grad,
     needs_weight_grad,
     needs_bias_grad,
+    grad_output2=None,
 ):
+    grad_output = _added(grad_output, grad_output2, input)
     sum_grad, sum_grad_xmu = batch_norm_add_relu_backward_reduce(
         grad_output, input, weight, bias, mean, invstd, mask, relu
     )
@@ -202,7 +209,9 @@ def batch_norm_add_relu_eval_backward(
     needs_residual_grad,
     needs_weight_grad,
     needs_bias_grad,
+    grad_output2=None,
 ):
+    grad_output = _added(grad_output, grad_output2, input)
     invstd = _invstd(running_var, eps, input)
     zeros = torch.zeros_like(invstd)
     grad_input, grad_residual = batch_norm_add_relu_backward_apply(
@@ -262,7 +271,9 @@ def dual_batch_norm_add_relu_train_backward(
     needs_input2_grad,
     needs_weight2_grad,
     needs_bias2_grad,
+    grad_output2=None,
 ):
+    grad_output = _added(grad_output, grad_output2, input)
     # The second branch has the layout of the first, as the mask has.
     input2 = layout.dense(input2, input)
     branches = (
@@ -321,7 +332,9 @@ def dual_batch_norm_add_relu_eval_backward(
     needs_input2_grad,
     needs_weight2_grad,
     needs_bias2_grad,
+    grad_output2=None,
 ):
+    grad_output = _added(grad_output, grad_output2, input)
     input2 = layout.dense(input2, input)
     branches = (
         (input, weight, running_mean, running_var, eps, needs_input_grad, needs_weight_grad, needs_bias_grad),

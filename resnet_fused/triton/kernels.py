@@ -569,6 +569,15 @@ def batch_norm_forward_kernel(
 
 
 @triton.jit
+def _gradient(gradient, gradient2, at, there, TYPE: tl.constexpr):
+    """What comes from above: one gradient, or the sum of two, rounded as one that was written to memory."""
+    grad = _wide(tl.load(gradient + at, mask=there, other=0.0))
+    if gradient2 is not None:
+        grad = _as_written(grad + _wide(tl.load(gradient2 + at, mask=there, other=0.0)), TYPE)
+    return grad
+
+
+@triton.jit
 def _kept(
     gradient,
     there,
@@ -610,6 +619,7 @@ def _origin(mean, TYPE: tl.constexpr):
 @triton.jit
 def batch_norm_backward_reduce_kernel(
     gradient,
+    gradient2,
     x,
     weight,
     bias,
@@ -646,8 +656,8 @@ def batch_norm_backward_reduce_kernel(
 ):
     """Sums of the gradient behind the ReLU, of it times (x - mean), and of it times (x2 - mean2) with a second branch.
 
-    Reads gradient, inputs and mask once; an input that is None is not needed. With constant statistics the gradients of
-    the inputs need no sum: then this pass writes them, too, and is the only one.
+    Reads the gradients of the output, inputs and mask once; an input that is None is not needed. With constant
+    statistics the gradients of the inputs need no sum: then this pass writes them, too, and is the only one.
     """
     channels, positions = channel_units * CHANNEL_UNIT, position_units * POSITION_UNIT
     TYPE: tl.constexpr = gradient.dtype.element_ty
@@ -682,7 +692,7 @@ def batch_norm_backward_reduce_kernel(
                 chunk = first + (step + u) * splits
                 at, there = _place(channel, chunk, chunks, batch, channels, positions, ROWS, CHANNELS, OTHERS)
                 value = nothing
-                grad = _wide(tl.load(gradient + at, mask=there, other=0.0))
+                grad = _gradient(gradient, gradient2, at, there, TYPE)
                 if x is not None:
                     value = _wide(tl.load(x + at, mask=there, other=0.0))
                 if x2 is not None:
@@ -822,6 +832,7 @@ def _input_gradient(kept, difference, slope, mean_grad, scale, CONSTANT: tl.cons
 @triton.jit
 def batch_norm_backward_kernel(
     gradient,
+    gradient2,
     x,
     weight,
     bias,
@@ -864,8 +875,8 @@ def batch_norm_backward_kernel(
 ):
     """The gradients of inputs and residual, and, from the sums, of weights and biases.
 
-    Reads the gradient, the inputs that are given and the mask once and writes every gradient once. The gradient's
-    means are made from sums, or given, or, where statistics are constants (``CONSTANT``), not needed:
+    Reads the gradients of the output, the inputs that are given and the mask once and writes every gradient once. The
+    gradient's means are made from sums, or given, or, where statistics are constants (``CONSTANT``), not needed:
         grad_input = (grad - mean_grad - (x - mean) slope) scale
     """
     channels, positions = channel_units * CHANNEL_UNIT, position_units * POSITION_UNIT
@@ -906,7 +917,7 @@ def batch_norm_backward_kernel(
     for back in range(program, chunks, programs):
         chunk = chunks - 1 - back
         at, there = _place(channel, chunk, chunks, batch, channels, positions, ROWS, CHANNELS, OTHERS)
-        kept = _wide(tl.load(gradient + at, mask=there, other=0.0))
+        kept = _gradient(gradient, gradient2, at, there, TYPE)
         difference = tl.zeros(SHAPE, m.dtype)
         if x is not None:
             difference = _wide(tl.load(x + at, mask=there, other=0.0)) - m

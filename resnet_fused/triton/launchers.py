@@ -425,12 +425,21 @@ def batch_norm_statistics(input):
 class _Backward:
     """The tensors of one call, and its passes."""
 
-    def __init__(self, grad_output, first: _Branch, second: _Branch | None, mask: Tensor | None, relu: bool):
+    def __init__(
+        self,
+        grad_output,
+        first: _Branch,
+        second: _Branch | None,
+        mask: Tensor | None,
+        relu: bool,
+        grad_output2: Tensor | None = None,
+    ):
         x = first.input
         first.input = layout.dense(x, x)
         if second is not None:
             second.input = layout.dense(second.input, x)
         self.gradient = layout.dense(grad_output, x)
+        self.gradient2 = None if grad_output2 is None else layout.dense(grad_output2, x)
         self.problem = _problem(first.input)
         self.first, self.second = first, second
         self.mask = None
@@ -474,6 +483,7 @@ class _Backward:
         first, second = self.first, self.second or _ABSENT
         arguments = {
             "gradient": self.gradient,
+            "gradient2": self.gradient2,
             "mask": self.mask if self.mask is not None and self.mask.numel() else None,
             "TWO": self.second is not None,
             "FROM_INPUT": self.from_input,
@@ -584,18 +594,19 @@ class _Backward:
                 self.apply(constant=True)
 
 
-def _check_backward(grad_output, input, weight, bias, mean, spread):
+def _check_backward(grad_output, input, weight, bias, mean, spread, grad_output2=None):
     checks.batch_norm(input, weight, bias)
     checks.same_shape(grad_output, "grad_output", input)
+    checks.same_shape(grad_output2, "grad_output2", input)
     checks.per_channel(mean, "mean", input)
     checks.per_channel(spread, "invstd or running_var", input)
 
 
-# Backward operators.
+# Backward operators. What follows the last ``needs`` is ``grad_output2``, where it is given.
 
 
 def _backward_of_one(run, call, weight, bias, needs):
-    needs_input_grad, needs_residual_grad, needs_weight_grad, needs_bias_grad = needs
+    needs_input_grad, needs_residual_grad, needs_weight_grad, needs_bias_grad = needs[:4]
     results = (
         call.wanted("grad_input", needs_input_grad),
         call.wanted("grad_residual", needs_residual_grad),
@@ -607,24 +618,25 @@ def _backward_of_one(run, call, weight, bias, needs):
 
 
 def batch_norm_add_relu_train_backward(grad_output, input, weight, bias, mean, invstd, mask, relu, *needs):
-    _check_backward(grad_output, input, weight, bias, mean, invstd)
-    call = _Backward(grad_output, _Branch(input, weight, bias, mean, invstd=invstd), None, mask, relu)
+    _check_backward(grad_output, input, weight, bias, mean, invstd, *needs[4:])
+    call = _Backward(grad_output, _Branch(input, weight, bias, mean, invstd=invstd), None, mask, relu, *needs[4:])
     return _backward_of_one(_Backward.train, call, weight, bias, needs)
 
 
 def batch_norm_add_relu_eval_backward(
     grad_output, input, weight, bias, running_mean, running_var, mask, eps, relu, *needs
 ):
-    _check_backward(grad_output, input, weight, bias, running_mean, running_var)
+    _check_backward(grad_output, input, weight, bias, running_mean, running_var, *needs[4:])
     branch = _Branch(input, weight, bias, running_mean, running_var, eps=eps)
-    return _backward_of_one(_Backward.eval, _Backward(grad_output, branch, None, mask, relu), weight, bias, needs)
+    call = _Backward(grad_output, branch, None, mask, relu, *needs[4:])
+    return _backward_of_one(_Backward.eval, call, weight, bias, needs)
 
 
 def _backward_of_two(run, grad_output, first, second, mask, relu, needs):
     input = first.input
     checks.same_shape(second.input, "input2", input)
     checks.per_channel(second.weight, "weight2", input)
-    call = _Backward(grad_output, first, second, mask, relu)
+    call = _Backward(grad_output, first, second, mask, relu, *needs[6:])
     results = (
         call.wanted("grad_input", needs[0]),
         call.wanted_vector("grad_weight", needs[1], first.weight),
@@ -640,7 +652,7 @@ def _backward_of_two(run, grad_output, first, second, mask, relu, needs):
 def dual_batch_norm_add_relu_train_backward(
     grad_output, input, weight, mean, invstd, input2, weight2, mean2, invstd2, mask, relu, *needs
 ):
-    _check_backward(grad_output, input, weight, None, mean, invstd)
+    _check_backward(grad_output, input, weight, None, mean, invstd, *needs[6:])
     _check_vectors(input, mean2=mean2, invstd2=invstd2)
     first = _Branch(input, weight, None, mean, invstd=invstd)
     second = _Branch(input2, weight2, None, mean2, invstd=invstd2)
@@ -663,7 +675,7 @@ def dual_batch_norm_add_relu_eval_backward(
     relu,
     *needs,
 ):
-    _check_backward(grad_output, input, weight, None, running_mean, running_var)
+    _check_backward(grad_output, input, weight, None, running_mean, running_var, *needs[6:])
     _check_vectors(input, running_mean2=running_mean2, running_var2=running_var2)
     first = _Branch(input, weight, None, running_mean, running_var, eps=eps)
     second = _Branch(input2, weight2, None, running_mean2, running_var2, eps=eps2)
