@@ -19,6 +19,12 @@ from resnet_fused import FusedBottleneck, FusedResidualBlock, functional
 from resnet_fused.ops import handover
 
 
+@pytest.fixture(autouse=True)
+def _enabled(monkeypatch):
+    """As with RESNET_FUSED_HANDOVER=1."""
+    monkeypatch.setattr(handover, "ENABLED", True)
+
+
 @pytest.fixture
 def handed(monkeypatch):
     """How many gradients were handed over so far."""
@@ -38,6 +44,16 @@ def handed(monkeypatch):
 def off(monkeypatch):
     """Switches it off."""
     return lambda: monkeypatch.setattr(handover, "give", lambda *_: False)
+
+
+def test_it_is_off_unless_asked_for(monkeypatch, handed):
+    monkeypatch.setattr(handover, "ENABLED", False)
+    model = nn.Sequential(FusedResidualBlock(4, 4), FusedResidualBlock(4, 4))
+    model(torch.randn(2, 4, 6, 6)).sum().backward()
+    assert handed() == 0
+    monkeypatch.setattr(handover, "ENABLED", True)
+    model(torch.randn(2, 4, 6, 6)).sum().backward()
+    assert handed() == 1
 
 
 class Operand:

@@ -14,14 +14,18 @@ backward, and nothing is handed over where somebody looks, or may look:
   tells by the node of a weight, which each of these leaves out, or refuses;
 - a graph of the gradient (``create_graph``), or a backward that torch.compile runs.
 
-What Python does not see is a hook that an extension in C++ registers on the tensor or on its node.
+What Python does not see is a hook that an extension in C++ registers on the tensor or on its node: it would be given a
+part. So this is off unless ``RESNET_FUSED_HANDOVER=1`` asks for it.
 """
 
+import os
 import weakref
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+ENABLED = os.environ.get("RESNET_FUSED_HANDOVER") == "1"
 
 _task = torch._C._current_graph_task_id
 # In torch since 2.1; without it nothing is handed over.
@@ -79,6 +83,8 @@ def through(function: type[torch.autograd.Function]) -> type[torch.autograd.Func
 
 def begin(node: Node, output: Tensor) -> None:
     """Called in the forward of a node, with its output. Its backward then gets None where there is no gradient."""
+    if not ENABLED:
+        return
     node.set_materialize_grads(False)
     node.output = weakref.ref(output)
 
@@ -91,14 +97,16 @@ def give(node, edge: int, weight: int, gradient: Tensor) -> bool:
         edge: the gradient's place among those of the tensors that the operator was called with.
         weight: that of a parameter. Without one whose gradient is asked for nobody knows what the backward is for.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not isinstance(node, Node) or node.is_watched:
+    if not ENABLED or torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    if not isinstance(node, Node) or node.is_watched:
         return False
     task = _task()
     if task == -1:
         return False
     edges = node.next_functions
     taker, place = edges[edge]
-    if not isinstance(taker, Node) or place != 0 or taker.is_watched or taker.given is not None:
+    if not isinstance(taker, Node) or place != 0 or taker.output is None or taker.is_watched or taker.given is not None:
         return False
     if _is_looked_at(taker) or not _brings_all(edges[weight][0]) or not _will_run(taker):
         return False
@@ -121,6 +129,8 @@ def taken(node) -> Tensor | None:
 
 def both(node, grad_output: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """The gradient of the output of ``node``, in two parts where one was left with it."""
+    if not ENABLED:
+        return grad_output, None
     second = taken(node)
     if second is None or grad_output is None:
         return (second if grad_output is None else grad_output), None
