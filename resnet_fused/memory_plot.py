@@ -38,7 +38,8 @@ def write(path: pathlib.Path, title: str, steps: dict[str, "Step"], memory: int 
         axes.tick_params(axis="x", length=0)
         axes.set_ylim(bottom=0)
         axes.grid(axis="y", alpha=0.3)
-        axes.legend(frameon=False)
+        # Outside, for the curves fill the axes.
+        figure.legend(loc="outside lower center", ncols=2, frameon=False)
         figure.savefig(path, dpi=130)
         plt.close(figure)
 

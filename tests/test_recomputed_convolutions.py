@@ -301,7 +301,8 @@ def test_a_bias_changed_in_place_is_not_refused():
 def test_hooks_that_change_the_layout_of_a_weight():
     """A contiguous input and a channels_last weight make a channels_last output; the weight comes back contiguous."""
     conv = nn.Conv2d(3, 8, 1).to(memory_format=torch.channels_last)
-    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t.contiguous(), lambda t: t)
+    # As save_on_cpu(pin_memory=True) does; contiguous() takes a 1x1 weight of either layout as it is.
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: torch.empty(t.shape).copy_(t), lambda t: t)
 
     def step(model, x):
         with hooks, recompute(convolutions=model is recomputed):
@@ -311,7 +312,9 @@ def test_hooks_that_change_the_layout_of_a_weight():
     kept, recomputed = nn.Sequential(conv), nn.Sequential(conv)
     x = images(7)
     for ours, theirs in zip(gradients(recomputed, x, step), gradients(kept, x, step), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)  # convolutions may choose another way
+        # Convolutions may choose another way: sums of up to 4 * 7 * 7 float32 terms of the order of one, of which each
+        # addition rounds by 2**-24, some 2e-5 in all. Scrambled values are off by the order of one.
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_around_what_is_compiled():
