@@ -36,14 +36,18 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(command=_doctor)
 
+    names = f"MODEL is a torchvision model such as resnet50, or one of {_examples()}, or module:callable."
     text = "Show for every BatchNorm of a model what it is fused with, or why not."
-    report = commands.add_parser("report", help=text, description=text)
-    report.add_argument("model", metavar="MODEL", help="a torchvision model such as resnet50, or module:callable")
+    report = commands.add_parser("report", help=text, description=text, epilog=names)
+    report.add_argument("model", metavar="MODEL", help="see below")
+    form = report.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON")
+    form.add_argument("--why", action="store_true", help="show only the reasons why BatchNorms are not fused")
     report.set_defaults(command=_report)
 
     text = "Predict the memory of a training step, eager, fused and with recomputation, with no GPU and no data."
-    memory = commands.add_parser("memory", help=text, description=text)
-    memory.add_argument("model", metavar="MODEL", help="a torchvision model such as resnet50, or module:callable")
+    memory = commands.add_parser("memory", help=text, description=text, epilog=names)
+    memory.add_argument("model", metavar="MODEL", help="see below")
     memory.add_argument("--batch-size", type=_several, default=32, help="images a step (default: %(default)s)")
     memory.add_argument("--image-size", type=_positive, default=224, help="side in pixels (default: %(default)s)")
     dtypes = ("float32", "bf16", "bfloat16", "float16")
@@ -68,6 +72,12 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--output", default="demo_output/demo.png", help="where the plot goes (default: %(default)s)")
     demo.set_defaults(command=_demo)
     return parser
+
+
+def _examples() -> str:
+    from .model_names import PACKAGES
+
+    return ", ".join(package.example for package in PACKAGES.values())
 
 
 def _positive(text: str) -> int:
@@ -101,18 +111,23 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from . import report
+    from .model_names import ModelError
+    from .report import report, why
 
     try:
-        print(report.report(options.model))
-    except report.ModelError as error:
+        found = report(options.model)
+    except ModelError as error:
         return _refuse(error)
+    if options.json:
+        print(found.to_json())
+    else:
+        print(why(found) if options.why else found)
     return 0
 
 
 def _memory(options: argparse.Namespace) -> int:
     from . import memory
-    from .report import ModelError
+    from .model_names import ModelError
 
     settings = memory.Settings(
         model=options.model,
@@ -138,7 +153,7 @@ def _demo(options: argparse.Namespace) -> int:
         from . import demo
     except ModuleNotFoundError as error:
         return _refuse(f"the demo needs {error.name}: install it with `pip install 'resnet_fused[demo]'`.")
-    from .report import ModelError
+    from .model_names import ModelError
 
     settings = demo.Settings(
         model=options.model,

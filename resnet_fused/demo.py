@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from . import demo_plot, doctor, fuse
 from .measure import SavedActivations, cpu_name, seconds, without_garbage_collection
-from .report import ModelError, torchvision_builder
+from .model_names import ModelError, torchvision_builder
 
 CLASSES = 10
 TEST_SHARE = 0.2

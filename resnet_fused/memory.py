@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from . import fuse, measure
-from .report import ModelError, build
+from .model_names import ModelError, build
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16}
 VARIANTS = ("eager", "fused", "fused + recompute", "fused + recompute, convolutions too")

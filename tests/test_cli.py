@@ -1,5 +1,6 @@
 """``python -m resnet_fused``: exit codes and what a person reads."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from torch import nn
 
 import resnet_fused
 from resnet_fused import __main__ as cli
-from resnet_fused import doctor, measure
+from resnet_fused import doctor, measure, model_names
 
 
 def run(capsys, *arguments):
@@ -115,6 +116,7 @@ def test_report_leaves_a_model_that_its_callable_shares(capsys, tmp_path, monkey
     [
         ("resnett50", "did you mean resnet50"),
         ("???", "give module:callable"),
+        ("torchvision:resnett50", "did you mean resnet50"),
         ("no_such_module:build", "module 'no_such_module' cannot be imported"),
         ("torch.nn:Nothing", "module 'torch.nn' has no 'Nothing'"),
         ("torch.nn:", "module 'torch.nn' has no ''"),
@@ -129,6 +131,93 @@ def test_report_refuses_in_one_sentence(capsys, name, sentence):
     assert out == ""
     assert sentence in err
     assert err.count("\n") == 1
+
+
+PREFIXED = [
+    ("torchvision", "torchvision:resnet18", "layer1.0.bn1"),
+    ("timm", "timm:resnet10t", "layer1.0.bn1"),
+    ("transformers", "transformers:ResNetBackbone", "encoder.stages.0.layers.0.layer.0.normalization"),
+    ("segmentation_models_pytorch", "smp:Unet/resnet18", "decoder.blocks.0.conv1.1"),
+    ("segmentation_models_pytorch", "smp:FPN", "encoder.layer1.0.bn1"),
+    ("monai", "monai:resnet10", "layer1.0.bn1"),
+    ("monai", "monai:SEResNet50", "layer1.0.conv1.adn.N"),
+    ("monai", "monai:UNet", None),
+]
+
+
+@pytest.mark.parametrize(("module", "name", "batch_norm"), PREFIXED, ids=[name for _, name, _ in PREFIXED])
+def test_report_takes_models_of_other_packages(capsys, module, name, batch_norm):
+    pytest.importorskip(module)
+    code, out, err = run(capsys, "report", name, "--json")
+    assert (code, err) == (0, "")
+    names = [row["name"] for row in json.loads(out)["rows"]]
+    assert names == [] if batch_norm is None else batch_norm in names
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "sentence"),
+    [
+        ("timm", "timm:resnet50dd", "did you mean resnet50d"),
+        ("timm", "timm:???", "timm has no model called '???'; timm.list_models() has them all"),
+        ("transformers", "transformers:ResNetModl", "did you mean ResNetModel"),
+        ("transformers", "transformers:AutoTokenizer", "has no model called 'AutoTokenizer'"),
+        ("segmentation_models_pytorch", "smp:Une/resnet34", "did you mean Unet?"),
+        ("segmentation_models_pytorch", "smp:Unet/resnt34", "no encoder called 'resnt34'; did you mean resnet34"),
+        ("segmentation_models_pytorch", "smp:Unet/tu-nothing", "smp:Unet/tu-nothing could not be built"),
+        ("monai", "monai:resnt18", "did you mean resnet18"),
+        ("monai", "monai:ResNet", "monai:ResNet could not be built: TypeError"),
+    ],
+)
+def test_report_refuses_unknown_models_of_other_packages(capsys, module, name, sentence):
+    pytest.importorskip(module)
+    code, out, err = run(capsys, "report", name)
+    assert (code, out) == (2, "")
+    assert sentence in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("prefix", model_names.PACKAGES)
+def test_report_names_what_to_install(capsys, monkeypatch, prefix):
+    package = dataclasses.replace(model_names.PACKAGES[prefix], module="no_such_package")
+    monkeypatch.setitem(model_names.PACKAGES, prefix, package)
+    code, out, err = run(capsys, "report", f"{prefix}:resnet18")
+    assert (code, out) == (2, "")
+    assert f"pip install {package.pip}\n" in err
+
+
+def test_report_help_has_an_example_of_each_package(capsys):
+    code, out, _ = run(capsys, "report", "--help")
+    assert code == 0
+    # argparse may break a line at any space, and at hyphens.
+    words = out.split()
+    assert [p.example for p in model_names.PACKAGES.values() if f"{p.example}," not in words] == []
+
+
+SOME_FUSED = """
+from torch import nn
+from torchvision.models.resnet import BasicBlock
+build = lambda: nn.Sequential(BasicBlock(4, 4), nn.BatchNorm2d(4), nn.Sigmoid(), nn.BatchNorm2d(4), nn.Sigmoid())
+"""
+
+
+def test_report_why_counts_the_batch_norms_of_each_reason(capsys, tmp_path, monkeypatch):
+    pytest.importorskip("torchvision")
+    (tmp_path / "some_fused.py").write_text(SOME_FUSED)
+    monkeypatch.syspath_prepend(tmp_path)
+    found = json.loads(run(capsys, "report", "some_fused:build", "--json")[1])
+    code, out, _ = run(capsys, "report", "some_fused:build", "--why")
+    lines = out.splitlines()
+    counts = [int(line.split()[0]) for line in lines if line[:1].isdigit() and "BatchNorms" not in line]
+    assert code == 0
+    assert 0 < found["fused"] < found["total"]
+    assert sum(counts) == found["total"] - found["fused"]
+    assert lines[-1].startswith(f"{found['fused']} of {found['total']} BatchNorms fused")
+
+
+def test_report_why_of_a_fused_model_is_its_summary(capsys):
+    pytest.importorskip("torchvision")
+    code, out, _ = run(capsys, "report", "resnet18", "--why")
+    assert (code, out) == (0, "20 of 20 BatchNorms fused\n")
 
 
 @pytest.fixture
