@@ -1,7 +1,7 @@
 """Fused BatchNorm, residual add and ReLU for residual networks."""
 
 from . import functional, ops
-from .conversion import FusionReport, fuse, fusion_report, unfuse
+from .conversion import FusionReport, VerificationError, fuse, fusion_report, unfuse
 from .modules import BatchNormAddReLU2d, FusedBottleneck, FusedResidualBlock
 from .ops.backend import backend
 from .ops.recomputation import recompute
@@ -12,6 +12,7 @@ __all__ = [
     "FusedBottleneck",
     "FusedResidualBlock",
     "FusionReport",
+    "VerificationError",
     "backend",
     "functional",
     "fuse",

@@ -15,6 +15,8 @@ from torch.nn.modules.module import (
     _global_forward_pre_hooks,
 )
 
+# In the attributes of a module that fuse() was not to include, or to exclude.
+EXCLUDED = "_fusion_excluded"
 _HOOKS = {
     "_forward_hooks": "has a forward hook",
     "_forward_pre_hooks": "has a forward pre-hook",
@@ -29,6 +31,11 @@ def why_watched(input) -> str | None:
     """Why all modules must be called for ``input`` at this moment; None where nothing asks for it."""
     if not isinstance(input, torch.Tensor):
         return "a symbolic trace is recorded"
+    return why_all_watched()
+
+
+def why_all_watched() -> str | None:
+    """Why all modules must be called at this moment, whatever for; None where nothing asks for it."""
     if _global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks:
         return "a hook on all modules is registered"
     if torch._C._get_tracing_state() is not None:
@@ -40,6 +47,17 @@ def why_not(module: nn.Module, kind: type[nn.Module]) -> str | None:
     """Why the call of ``module`` may not give way to the maths of the class ``kind``; None where it may."""
     if type(module) is not kind:
         return f"a {type(module).__name__}, not a {kind.__name__}"
+    reason = why_called(module)
+    if reason is not None:
+        return reason
+    forward = _FORWARDS.get(kind)
+    if forward is not None and kind.forward is not forward:
+        return f"is of {kind.__name__}, whose forward was replaced"
+    return None
+
+
+def why_called(module: nn.Module) -> str | None:
+    """Why somebody would notice that ``module`` was not called; None where nothing hangs on its call."""
     members = module.__dict__
     if (
         members["_forward_hooks"]
@@ -50,9 +68,10 @@ def why_not(module: nn.Module, kind: type[nn.Module]) -> str | None:
         return next(reason for name, reason in _HOOKS.items() if members[name])
     if "forward" in members:
         return "has a forward replaced on the instance"
-    forward = _FORWARDS.get(kind)
-    if forward is not None and kind.forward is not forward:
-        return f"is of {kind.__name__}, whose forward was replaced"
+    if EXCLUDED in members:
+        return "was excluded from fuse()"
+    if members.get("_compiled_call_impl") is not None:
+        return "is compiled on its own"
     return None
 
 

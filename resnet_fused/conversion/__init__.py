@@ -2,5 +2,6 @@
 
 from .convert import fuse, unfuse
 from .report import FusionReport, fusion_report
+from .verification import VerificationError
 
-__all__ = ["FusionReport", "fuse", "fusion_report", "unfuse"]
+__all__ = ["FusionReport", "VerificationError", "fuse", "fusion_report", "unfuse"]

@@ -1,4 +1,4 @@
-"""The class of a fused module: a subclass of the class it had, with another forward.
+"""The class of a fused module: a subclass of the class it had, with its methods rewritten.
 
 Changing a module's class is the whole conversion. Its parameters, submodules, hooks and attributes stay the very
 objects they were, and it stays an instance of its class; changing the class back restores it.
@@ -9,12 +9,13 @@ import copyreg
 import functools
 import inspect
 import types
-from typing import Any
+from collections.abc import Callable
 
 from torch import nn
 
 from ..ops.recomputation import recompute as recomputation
-from .sites import Site
+from .kinds import KINDS
+from .source import Refused, supers_by_class
 
 # A class with one of these is copied or looked into by rules of its own, which a class made at run time may break.
 _OWN_RULES = {
@@ -27,47 +28,37 @@ _OWN_RULES = {
 }
 
 
-class Refused(Exception):
-    """A module that cannot be fused; the message is the reason, for the report."""
-
-
 class Fused:
-    """First base of every fused class. A family derives from it and gives a forward and :meth:`_fusion_sites`."""
+    """First base of every fused class.
+
+    Attributes:
+        _fusion_base: the class the module had.
+        _fusion_recompute: whether its methods run inside :class:`resnet_fused.recompute`, as ``fuse`` takes it.
+        _fusion_methods: the names of the rewritten methods.
+        _fusion_open: the forward that may give a value that waits (:mod:`.deferred`); None where calling the class does
+            more than to run the forward.
+        _fusion_is_chain: whether it is a Sequential, whose open forward also takes a value that waits.
+    """
 
     _fusion_base: type[nn.Module]
-    _fusion_family: type["Fused"]
-    _fusion_plan: Any
     _fusion_recompute: bool | str
-    # Those that replace methods of the base, in vain where the instance has its own.
-    _fusion_methods: tuple[str, ...] = ("forward",)
+    _fusion_methods: tuple[str, ...]
+    _fusion_open: Callable | None
+    _fusion_is_chain: bool
 
     def __init_subclass__(cls, **_):
         # Ends here: a user's __init_subclass__ registers or checks classes of the user's, and this is none.
         pass
 
-    @classmethod
-    def _fusion_sites(cls, module: nn.Module, plan) -> tuple[Site, ...]:
-        """The places where this forward tries a fused operator for ``module``."""
-        raise NotImplementedError
-
-    @classmethod
-    def _fusion_obstacle(cls, module: nn.Module, plan) -> str | None:
-        """Why the fused forward does not run, or gives way to the original one; None where it runs."""
-        for name in cls._fusion_methods:
-            if name in vars(module):
-                return f"its {name} was replaced on the instance"
-        return None
-
-    @classmethod
-    def _fusion_members(cls, plan) -> dict[str, Any]:
-        """What a class made for ``plan`` has beyond this one."""
-        return {}
-
     def __reduce_ex__(self, protocol):
         # pickle and deepcopy find classes by name, which a class made at run time does not have.
         reduced = super().__reduce_ex__(max(protocol, 2))
-        arguments = self._fusion_family, self._fusion_base, self._fusion_plan, self._fusion_recompute
-        return _new, arguments, *reduced[2:]
+        # What is known of the classes of its parts must be known where it is loaded.
+        parts = {type(part) for part in self.modules() if KINDS.get(type(part)) is not None}
+        parts = sorted(
+            (cls for cls in parts if not cls.__module__.startswith("torch.")), key=lambda cls: cls.__qualname__
+        )
+        return _new, (self._fusion_base, self._fusion_recompute, tuple(parts)), *reduced[2:]
 
 
 def check_class(cls: type[nn.Module]) -> None:
@@ -77,33 +68,51 @@ def check_class(cls: type[nn.Module]) -> None:
     for name, home in _OWN_RULES.items():
         if inspect.getattr_static(cls, name, None) is not (None if home is None else vars(home)[name]):
             raise Refused(f"{cls.__name__} has a {name} of its own")
+    for base in cls.__mro__:
+        if not base.__module__.startswith("torch."):
+            for name, member in vars(base).items():
+                if isinstance(member, types.FunctionType) and supers_by_class(member):
+                    raise Refused(f"{cls.__name__}.{name} looks for its base by the class of self, which would change")
     if cls in copyreg.dispatch_table:
         raise Refused(f"{cls.__name__} is registered with copyreg")
 
 
 @functools.cache
-def fused_class(family: type[Fused], base: type[nn.Module], plan, recompute: bool | str = False) -> type[nn.Module]:
-    """The subclass of ``base`` with the forward of ``family``; always the same for the same arguments.
+def fused_class(
+    base: type[nn.Module],
+    methods: tuple[tuple[str, types.FunctionType], ...],
+    opened: types.FunctionType,
+    is_chain: bool,
+    recompute: bool | str,
+) -> type[nn.Module]:
+    """The subclass of ``base`` with other methods; always the same for the same arguments.
 
     Args:
-        plan: what the forward needs to know beyond the class; hashable, and picklable if models are to be.
+        methods: names and functions.
+        opened: the open forward.
+        is_chain: whether that takes values that wait.
         recompute: whether activations are made again in backward, as :func:`resnet_fused.fuse` takes it.
     """
-    members = family._fusion_members(plan)
+    members = {**dict(methods), "_fusion_open": opened}
     if recompute:
-        own = {name: members.get(name, vars(family).get(name)) for name in family._fusion_methods}
-        members = members | {
-            name: _recomputing(method, recompute) for name, method in own.items() if method is not None
-        }
-    members |= {"_fusion_base": base, "_fusion_family": family, "_fusion_plan": plan, "_fusion_recompute": recompute}
+        members = {name: _recomputing(method, recompute) for name, method in members.items()}
+    if base.__call__ is not nn.Module.__call__:
+        members["_fusion_open"] = None
+    members |= {"_fusion_base": base, "_fusion_recompute": recompute, "_fusion_is_chain": is_chain}
+    members |= {"_fusion_methods": tuple(name for name, _ in methods)}
     # The name of the original, so that printing a fused model reads as before.
     members |= {"__module__": __name__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return types.new_class(base.__name__, (family, base), exec_body=lambda namespace: namespace.update(members))
+    return types.new_class(base.__name__, (Fused, base), exec_body=lambda namespace: namespace.update(members))
 
 
 def is_fused(module: nn.Module) -> bool:
     """Whether the class of ``module`` is one that :func:`fused_class` made, and not a subclass of that."""
     return "_fusion_base" in vars(type(module))
+
+
+def base_of(module: nn.Module) -> type[nn.Module]:
+    """The class that ``module`` has, or had before it was fused."""
+    return type(module)._fusion_base if is_fused(module) else type(module)
 
 
 def _recomputing(method: types.FunctionType, recompute: bool | str) -> types.FunctionType:
@@ -115,6 +124,14 @@ def _recomputing(method: types.FunctionType, recompute: bool | str) -> types.Fun
     return run
 
 
-def _new(family: type[Fused], base: type[nn.Module], plan, recompute: bool | str = False) -> nn.Module:
-    cls = fused_class(family, base, plan, recompute)
+def _new(base: type[nn.Module], recompute: bool | str, parts: tuple[type[nn.Module], ...]) -> nn.Module:
+    """An instance for pickle and deepcopy, fused again from the source that ``base`` has here; unfused without."""
+    from .families import learn
+    from .methods import class_for
+
+    learn(parts)
+    try:
+        cls = class_for(base, recompute)
+    except Refused:
+        cls = base
     return cls.__new__(cls)

@@ -1,35 +1,41 @@
-"""fuse() and unfuse(): changes the classes of modules whose forward is known, and changes them back.
-
-A family is a module here with ``recognize(module)``, which returns the fused forward and its plan, None for a module
-that is none of its own, or raises Refused with a reason. It looks, and neither runs nor changes anything.
-"""
+"""fuse() and unfuse(): change the classes of modules to ones with rewritten forwards, and change them back."""
 
 import sys
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import jit, nn
 
+from .. import bypass
 from ..ops.recomputation import checked
-from . import residual_block, torchvision_resnet
-from .classes import Fused, Refused, check_class, fused_class, is_fused
-
-FAMILIES = (torchvision_resnet, residual_block)
+from . import families
+from .classes import Fused, base_of, is_fused
+from .flow import Flow
+from .methods import class_for
+from .selection import Selection
+from .verification import verify as verify_conversion
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def fuse(model: Model, recompute: bool | str = False) -> Model:
-    """Lets the residual blocks of ``model`` run on fused operators; changes it in place and returns it.
+def fuse(
+    model: Model,
+    recompute: bool | str = False,
+    verify: bool = False,
+    example_inputs=None,
+    include=None,
+    exclude=None,
+) -> Model:
+    """Lets BatchNorm, add and ReLU of ``model`` run on fused operators; changes it in place and returns it.
 
-    Only the classes of blocks (and of a torchvision ResNet, for its stem) change, to subclasses with a fused forward.
-    Parameters, submodules, state_dict, hooks and attributes stay the objects they are, so an optimizer made before goes
-    on. What cannot be fused is left alone; :func:`fusion_report` says what and why. Fusing twice is fusing once, with
-    the ``recompute`` of the last call.
+    Where the output of a BatchNorm goes to a ReLU, or to an add and a ReLU behind it, in whatever spelling, also of a
+    BatchNorm that ends a shortcut, one operator computes all of it. That is read in the source of each module's
+    forward, which is not run; only the classes of the modules whose forwards have such places change, to subclasses
+    with these forwards rewritten. Parameters, submodules, state_dict, hooks and attributes stay the objects they are,
+    so an optimizer made before goes on. What cannot be fused is left alone; :func:`fusion_report` says what and why.
+    Fusing twice is fusing once, with the ``recompute`` of the last call.
 
-    A block's forward is read, in its source, and not run. Fused is what consists of calls of submodules, ReLU, add and
-    branches on constants and on which submodules there are; where such an attribute changes later, the block runs
-    unfused. A fused block also asks at every call whether its BatchNorms and ReLUs may be bypassed: one that got a
-    hook, was replaced or converted to SyncBatchNorm is called as it was before.
+    A rewritten forward asks at every call what its modules are and whether they may be bypassed: one that got a hook,
+    was replaced or converted to SyncBatchNorm is called as it was before.
 
     The order of wrappers: ``model`` itself is fused, not what ``torch.compile`` made of it; code compiled from it
     earlier notices and is compiled again. Fuse before ``torch.jit``, and before FSDP's ``fully_shard``, which changes
@@ -42,26 +48,49 @@ def fuse(model: Model, recompute: bool | str = False) -> Model:
             the backward but made again there; with "convolutions" also the outputs of 1x1 convolutions that are larger
             than their inputs, for which these run again. Blocks that are not fused, and FusedResidualBlock and
             FusedBottleneck, which have a setting of their own, stay as they are.
+        verify: first run a fused and an unfused copy, in evaluation and training, forward and backward, and change
+            nothing unless they agree. Needs memory for two copies and their gradients.
+        example_inputs: what ``verify`` runs on: a tensor, a tuple of arguments or a dict of keyword arguments; by
+            default made up from the first convolution.
+        include, exclude: limit what is changed: a name as in ``named_modules()`` with ``*`` and ``?``, a predicate
+            ``(name, module) -> bool``, or several of these. A module stands for all within it.
 
     Raises:
-        TypeError: ``model`` is no ``nn.Module``, is a ScriptModule, or it or a part of it is compiled already.
-        ValueError: ``recompute`` is none of True, False and "convolutions".
+        TypeError: ``model`` is no ``nn.Module``, is a ScriptModule, or it or a part of it is compiled already; a
+            pattern of another type.
+        ValueError: ``recompute`` is none of True, False and "convolutions"; a pattern that matches nothing; no input to
+            verify with could be made up.
+        VerificationError: the fused and the unfused copy differ.
     """
     _check(model)
     checked(recompute)
-    for module in model.modules():
-        if is_fused(module):
-            cls = type(module)
-            module.__class__ = fused_class(cls._fusion_family, cls._fusion_base, cls._fusion_plan, recompute)
-        else:
-            try:
-                conversion = conversion_of(module)
-            except Refused:
-                continue
-            if conversion is not None:
-                family, plan = conversion
-                module.__class__ = fused_class(family, type(module), plan, recompute)
+    selection = Selection(model, include, exclude)
+    if verify:
+        verify_conversion(
+            model, lambda copied: _convert(copied, recompute, Selection(copied, include, exclude)), example_inputs
+        )
+    _convert(model, recompute, selection)
     return model
+
+
+def _convert(model: nn.Module, recompute: bool | str, selection: Selection) -> None:
+    families.learn({type(module) for module in model.modules()})
+    for module in model.modules():
+        module.__dict__.pop(bypass.EXCLUDED, None)
+        if id(module) in selection.limited:
+            # Also the parts that the forward around them would bypass ask for it.
+            module.__dict__[bypass.EXCLUDED] = True
+            _unfuse(module)
+    needed = Flow(model, selection.allows, hopeful=True).needed
+    for module in list(model.modules()):
+        if is_fused(module) or (id(module) in needed and selection.allows(module)):
+            # Not by a __setattr__ of the class's own.
+            object.__setattr__(module, "__class__", class_for(base_of(module), recompute))
+
+
+def _unfuse(module: nn.Module) -> None:
+    if is_fused(module):
+        object.__setattr__(module, "__class__", type(module)._fusion_base)
 
 
 def unfuse(model: Model) -> Model:
@@ -80,26 +109,10 @@ def unfuse(model: Model) -> Model:
                 f"the class of {name or 'the model'} was changed to {type(module).__name__} after fuse(): "
                 "undo that first"
             )
-    for _, module in fused:
-        module.__class__ = type(module)._fusion_base
+    for module in model.modules():
+        _unfuse(module)
+        module.__dict__.pop(bypass.EXCLUDED, None)
     return model
-
-
-def conversion_of(module: nn.Module) -> tuple[type[Fused], Any] | None:
-    """The fused forward for ``module`` and its plan; None where it is of no family.
-
-    Raises:
-        Refused: the module looks like one of a family, but its forward is not what the fused one computes.
-    """
-    for family in FAMILIES:
-        conversion = family.recognize(module)
-        if conversion is not None:
-            check_class(type(module))
-            obstacle = conversion[0]._fusion_obstacle(module, conversion[1])
-            if obstacle is not None:
-                raise Refused(obstacle)
-            return conversion
-    return None
 
 
 def _check(model: nn.Module) -> None:

@@ -4,9 +4,12 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from .. import bypass
+from .. import bypass, modules
 from ..modules import BatchNormAddReLU2d, FusedBottleneck, FusedResidualBlock
-from .sites import BATCH_NORM, BATCH_NORM_ADD_RELU, BATCH_NORM_RELU, Verdict, end_verdicts, named
+from .verdicts import BATCH_NORM, BATCH_NORM_ADD_RELU, BATCH_NORM_RELU, DUAL_BATCH_NORM_ADD_RELU
+
+# Name of a BatchNorm, the operator it is part of (None: it is called by itself), and why it is not fused.
+Verdict = tuple[str, str | None, str | None]
 
 
 def judge(module: nn.Module) -> Iterator[Verdict]:
@@ -19,7 +22,7 @@ def judge(module: nn.Module) -> Iterator[Verdict]:
         yield _inner(module, "bn1")
         if module.bn2_before_conv2:
             yield _inner(module, "bn2")
-            yield from end_verdicts(module, None, "shortcut", BATCH_NORM_ADD_RELU, None)
+            yield from _end_verdicts(module, None, "shortcut", BATCH_NORM_ADD_RELU, None)
         else:
             yield from _end(module, "bn2")
 
@@ -39,12 +42,50 @@ def _inner(block: nn.Module, name: str) -> Verdict:
 def _end(block: nn.Module, name: str) -> Iterator[Verdict]:
     bn = getattr(block, name)
     if not isinstance(bn, BatchNormAddReLU2d):
-        yield from end_verdicts(block, name, "shortcut", BATCH_NORM_ADD_RELU, _inner(block, name)[2])
+        yield from _end_verdicts(block, name, "shortcut", BATCH_NORM_ADD_RELU, _inner(block, name)[2])
         return
     # A hook keeps the two BatchNorms apart, and each is called then.
-    apart = "; ".join(named(name, bypass.why_not(bn, BatchNormAddReLU2d))) or bypass.why_watched(bn.weight)
+    apart = "; ".join(_named(name, bypass.why_not(bn, BatchNormAddReLU2d))) or bypass.why_watched(bn.weight)
     if apart is None:
-        yield from end_verdicts(block, name, "shortcut", BATCH_NORM_ADD_RELU, None)
+        yield from _end_verdicts(block, name, "shortcut", BATCH_NORM_ADD_RELU, None)
     else:
         yield name, BATCH_NORM_ADD_RELU, None
-        yield from end_verdicts(block, None, "shortcut", BATCH_NORM_ADD_RELU, apart)
+        yield from _end_verdicts(block, None, "shortcut", BATCH_NORM_ADD_RELU, apart)
+
+
+def _end_verdicts(
+    module: nn.Module, bn: str | None, shortcut: str | None, operator: str, reason: str | None
+) -> Iterator[Verdict]:
+    """The verdict on ``bn``, from its ``operator`` and ``reason``, and that on the BatchNorm that ends the shortcut."""
+    main = None if bn is None else module.get_submodule(bn)
+    end = None if shortcut is None else _last_batch_norm(module.get_submodule(shortcut))
+    if end is not None:
+        name = f"{shortcut}.{end}"
+        sequential = module.get_submodule(shortcut)
+        obstacles = _named(shortcut, bypass.why_not(sequential, nn.Sequential))
+        obstacles = obstacles or _named(name, bypass.why_not_projection(sequential))
+        end_reason = reason or "; ".join(obstacles) or None
+        end_operator = operator
+        if main is not None and end_reason is None:
+            joined = modules.can_join(main, sequential[-1])
+            operator = end_operator = DUAL_BATCH_NORM_ADD_RELU if joined else operator
+            if not joined:
+                end_operator = BATCH_NORM
+        yield name, None if end_reason else end_operator, end_reason
+    if bn is not None:
+        yield bn, None if reason else operator, reason
+
+
+def _named(name: str, reason: str | None) -> list[str]:
+    """A reason of :mod:`resnet_fused.bypass` with its subject, in a list that is empty where there is no reason."""
+    if reason is None:
+        return []
+    return [f"{name} {'is ' if reason.startswith('a ') else ''}{reason}"]
+
+
+def _last_batch_norm(shortcut: nn.Module) -> str | None:
+    children = list(shortcut.named_children())
+    if isinstance(shortcut, nn.Sequential) and children:
+        name, last = children[-1]
+        return name if isinstance(last, nn.modules.batchnorm._BatchNorm) else None
+    return None

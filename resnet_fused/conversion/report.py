@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
 
 import torch
 from tabulate import tabulate
@@ -12,9 +11,12 @@ from torch import nn
 from ..modules import BatchNormAddReLU2d, FusedBottleneck, FusedResidualBlock
 from ..ops import backend
 from ..ops.recomputation import COMPILED
-from . import own_modules, sites
-from .classes import Fused, Refused
-from .convert import conversion_of
+from . import families, own_modules
+from .classes import is_fused
+from .elements import normalized_elements
+from .flow import Flow
+from .selection import Selection, replaced
+from .verdicts import BATCH_NORM, Verdict
 
 NOT_APPLIED = "fuse() has not been applied"
 
@@ -28,9 +30,10 @@ class Row:
         module: the name of its class.
         fused: whether it runs as part of a fused operator.
         operator: what it is, or would be, fused to, such as ``batch_norm+add+relu``; None where there is nothing known.
-        reason: why it is not fused; None where it is.
+        reason: why it is not fused, or runs in an operator by itself (``batch_norm``); None where add or ReLU are part.
         backend: ``compiled``, ``triton`` or ``reference``, for its device and dtype; ``reference`` is never fused.
         recompute: whether the activation it ends with is made again in backward and not kept.
+        elements: how many values it normalizes on the example input; None without one, and where it is not called.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Row:
     reason: str | None
     backend: str
     recompute: bool = False
+    elements: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +53,8 @@ class FusionReport:
     rows: tuple[Row, ...]
     # Why what was asked for is not recomputed; None where it is, or was not asked for.
     why_not_recomputed: str | None = None
+    # The other classes of normalization that the model has, and how many of each.
+    others: str = ""
 
     @property
     def fused(self) -> int:
@@ -61,15 +67,35 @@ class FusionReport:
         return len(self.rows)
 
     @property
+    def alone(self) -> int:
+        """How many of the fused run in an operator by themselves: neither add nor ReLU follows."""
+        return sum(row.fused and row.operator == BATCH_NORM for row in self.rows)
+
+    @property
+    def traffic(self) -> float | None:
+        """The share of all normalized elements of the example input that an add or a ReLU is fused with."""
+        counted = [row for row in self.rows if row.elements is not None]
+        elements = sum(row.elements for row in counted)
+        if not elements:
+            return None
+        return sum(row.elements for row in counted if row.fused and row.operator != BATCH_NORM) / elements
+
+    @property
     def summary(self) -> str:
         """One line: how many BatchNorms are fused, why the others are not, and how many activations are recomputed."""
         recomputed = sum(row.recompute for row in self.rows)
         line = f"{self.fused} of {self.total} BatchNorms fused"
+        if self.alone:
+            line += f", {self.alone} of them alone"
+        if self.traffic is not None:
+            line += f", {self.traffic:.1%} of the normalized elements with an add or a ReLU"
         if recomputed:
             line += f", {recomputed} with their activation recomputed in backward"
         if self.why_not_recomputed is not None:
             line += f", none recomputed ({self.why_not_recomputed})"
-        reasons = list(dict.fromkeys(row.reason for row in self.rows if row.reason is not None))
+        if self.others:
+            line += f"; other normalizations, which are not fused: {self.others}"
+        reasons = list(dict.fromkeys(row.reason for row in self.rows if not row.fused))
         if len(reasons) == 1:
             return f"{line}; the others are not: {reasons[0]}" if self.fused else f"{line}: {reasons[0]}"
         return f"{line}; {len(reasons)} reasons for the others are in the table" if reasons else line
@@ -77,7 +103,8 @@ class FusionReport:
     def to_json(self) -> str:
         """The summary's figures and the rows as JSON."""
         rows = [dataclasses.asdict(row) for row in self.rows]
-        return json.dumps({"fused": self.fused, "total": self.total, "rows": rows}, indent=2)
+        figures = {"fused": self.fused, "alone": self.alone, "total": self.total, "traffic": self.traffic}
+        return json.dumps({**figures, "summary": self.summary, "rows": rows}, indent=2)
 
     def __str__(self) -> str:
         status = {True: "fused", False: "not fused"}
@@ -90,16 +117,19 @@ class FusionReport:
         return f"{tabulate(table, headers=headers, disable_numparse=True)}\n\n{self.summary}" if table else self.summary
 
 
-def fusion_report(model: nn.Module, device: torch.device | str | None = None) -> FusionReport:
+def fusion_report(model: nn.Module, device: torch.device | str | None = None, example_inputs=None) -> FusionReport:
     """Says of every BatchNorm of ``model`` what it is fused with at this moment, or why it is not.
 
-    Hooks, replaced modules and the backend chosen count as they are now, by the checks that the fused forward makes.
-    What only an input can decide is not in it: a residual of another shape or dtype than the normalized value is added
-    by torch.
+    Hooks, replaced modules, the mode and the backend chosen count as they are now, by the checks that the rewritten
+    forwards make. Nothing of the model runs, unless ``example_inputs`` are given. What only an input can decide is not
+    in it: a residual of another shape or dtype than the normalized value is added by torch, and where a forward
+    branches on a tensor both ways are followed.
 
     Args:
         model: fused or not.
         device: judge as if the model were there, for one on the meta device say; by default where it is.
+        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments; a copy of the model runs on them
+            in evaluation, on the meta device where it can, to count the elements that each BatchNorm normalizes.
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``.
@@ -108,32 +138,88 @@ def fusion_report(model: nn.Module, device: torch.device | str | None = None) ->
         raise TypeError(f"fusion_report() takes a torch.nn.Module, got {type(model).__name__}")
     device = None if device is None else torch.device(device)
     compiled = _is_compiled(model)
-    known: dict[str, tuple[str | None, str | None, bool]] = {}
-    unknown: dict[str, str] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        prefix = f"{name}." if name else ""
-        try:
-            recompute = _recomputes(module)
-            for bn, operator, reason in _judge(module):
-                known[prefix + bn] = operator, reason, recompute
-        except Refused as refusal:
-            unknown[prefix] = str(refusal)
+    elements = {} if example_inputs is None else normalized_elements(model, example_inputs)
+    judge = _Judge(model)
     rows = []
     for name, module in model.named_modules(remove_duplicate=False):
         if _is_batch_norm(module):
-            operator, reason, recompute = known.get(name) or (None, _why_unknown(name, unknown), False)
-            if isinstance(module, BatchNormAddReLU2d) and reason is not None:
-                operator, reason = own_modules.alone(module), None
-            rows.append(_row(name, module, operator, reason, device, model, recompute and not compiled))
-    asked = any(recompute for _, _, recompute in known.values())
-    return FusionReport(tuple(rows), COMPILED if compiled and asked else None)
+            operator, reason, recompute = judge.verdict(name, module)
+            row = _row(name, module, operator, reason, device, model, bool(recompute) and not compiled)
+            rows.append(dataclasses.replace(row, elements=elements.get(name)))
+    why_not = COMPILED if compiled and any(map(_recomputes, model.modules())) else None
+    return FusionReport(tuple(rows), why_not, _others(model))
 
 
-def _recomputes(module: nn.Module) -> bool:
+class _Judge:
+    """Has the verdict on every BatchNorm of a model."""
+
+    def __init__(self, model: nn.Module):
+        families.learn({type(module) for module in model.modules()})
+        self.model = model
+        self.selection = Selection(model)
+        self.own: dict[str, Verdict] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            for bn, operator, reason in own_modules.judge(module):
+                self.own[f"{name}.{bn}" if name else bn] = Verdict(operator, reason, _recomputes(module))
+        now = Flow(model, _runs_fused, hopeful=False)
+        self.now, self.blocked = now.verdicts, now.blocked
+        then = Flow(model, self.selection.allows, hopeful=False)
+        self.then, self.lost = then.verdicts, then.lost | now.lost
+
+    def verdict(self, name: str, bn: nn.Module) -> Verdict:
+        """What becomes of the BatchNorm with that name."""
+        own = self.own.get(name)
+        if isinstance(bn, BatchNormAddReLU2d) and (own is None or own.reason is not None):
+            return Verdict(own_modules.alone(bn), None)
+        if own is not None:
+            return own
+        if id(bn) in self.now:
+            return _best(self.now[id(bn)])
+        if id(bn) in self.blocked:
+            return Verdict(None, self.blocked[id(bn)])
+        if id(bn) in self.then:
+            verdict = _best(self.then[id(bn)])
+            if verdict.operator in (None, BATCH_NORM):
+                return Verdict(None, verdict.reason)
+            return Verdict(verdict.operator, NOT_APPLIED)
+        return Verdict(None, self.why_unknown(name))
+
+    def why_unknown(self, name: str) -> str:
+        """Why no forward that is read calls a BatchNorm: the innermost module around it that is not read tells."""
+        path = name.split(".")
+        for length in range(len(path) - 1, -1, -1):
+            around = self.model.get_submodule(".".join(path[:length]))
+            reason = self.selection.why_not(around) or self.lost.get(id(around))
+            if reason is not None and not isinstance(around, nn.ModuleList | nn.ModuleDict):
+                return f"{type(around).__name__} is not read: {reason}"
+        return "no forward that is read calls it as a module with one input"
+
+
+def _runs_fused(module: nn.Module) -> bool:
+    return is_fused(module) and replaced(module) is None
+
+
+def _best(verdicts: list[Verdict]) -> Verdict:
+    """One verdict for several calls: what is fused, with what becomes of the others."""
+    best = min(verdicts, key=lambda verdict: (verdict.operator is None, verdict.reason is not None))
+    others = [verdict.reason for verdict in verdicts if verdict.reason is not None and verdict is not best]
+    return best._replace(reason=f"but elsewhere {others[0]}") if others and best.reason is None else best
+
+
+def _others(model: nn.Module) -> str:
+    names = [
+        type(module).__name__
+        for module in model.modules()
+        if "Norm" in type(module).__name__ and not _is_batch_norm(module) and not list(module.children())
+    ]
+    return ", ".join(f"{names.count(name)} {name}" for name in sorted(set(names)))
+
+
+def _recomputes(module: nn.Module) -> bool | str:
     """Whether the forward of ``module`` runs inside :class:`resnet_fused.recompute`."""
-    if isinstance(module, Fused):
-        return module._fusion_recompute
-    return isinstance(module, FusedBottleneck | FusedResidualBlock) and module.recompute
+    if isinstance(module, FusedBottleneck | FusedResidualBlock):
+        return module.recompute
+    return getattr(module, "_fusion_recompute", False)
 
 
 def _is_compiled(model: nn.Module) -> bool:
@@ -143,43 +229,16 @@ def _is_compiled(model: nn.Module) -> bool:
     return getattr(model, "_compiled_call_impl", None) is not None
 
 
-def _judge(module: nn.Module) -> Iterator[tuple[str, str | None, str | None]]:
-    """(name, operator, reason) for each BatchNorm that the forward of ``module`` is known to use."""
-    if isinstance(module, Fused):
-        yield from _verdicts(module, type(module), module._fusion_plan)
-        return
-    yield from own_modules.judge(module)
-    conversion = conversion_of(module)
-    if conversion is not None:
-        for name, operator, reason in _verdicts(module, *conversion):
-            yield name, operator, reason or NOT_APPLIED
-
-
-def _verdicts(module: nn.Module, family: type[Fused], plan) -> Iterator[sites.Verdict]:
-    obstacle = family._fusion_obstacle(module, plan)
-    for site in family._fusion_sites(module, plan):
-        yield from sites.judge(module, site, obstacle)
-
-
-def _why_unknown(name: str, unknown: dict[str, str]) -> str:
-    """Why no known forward uses a BatchNorm: the refusal of the innermost module around it that has one."""
-    path = name.split(".")
-    for length in range(len(path) - 1, -1, -1):
-        reason = unknown.get("".join(f"{part}." for part in path[:length]))
-        if reason is not None:
-            return reason
-    return "stands in no block that is known here"
-
-
 def _is_batch_norm(module: nn.Module) -> bool:
-    # FrozenBatchNorm2d of torchvision, detectron2 and others derives from nn.Module alone.
-    return isinstance(module, nn.modules.batchnorm._BatchNorm) or "BatchNorm" in type(module).__name__
+    # FrozenBatchNorm2d of torchvision, detectron2 and others derives from nn.Module alone, as InPlaceABN does.
+    name = type(module).__name__
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) or "BatchNorm" in name or name.lower().endswith("abn")
 
 
 def _row(name, module, operator, reason, device, model, recompute) -> Row:
     served_by, why = _backend(_tensor(module, model), device)
+    fused = operator is not None and reason != NOT_APPLIED and why is None
     reasons = "; ".join(r for r in (reason, why) if r is not None) or None
-    fused = reasons is None
     return Row(name, type(module).__name__, fused, operator, reasons, served_by, fused and recompute)
 
 

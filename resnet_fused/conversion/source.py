@@ -2,11 +2,16 @@
 
 import ast
 import functools
+import hashlib
 import linecache
 import types
+import warnings
 from collections.abc import Iterator
 
-from .classes import Refused
+
+class Refused(Exception):
+    """A module that cannot be fused; the message is the reason, for the report."""
+
 
 # All that a run of the code depends on, and nothing that tells where the code stands.
 _BEHAVIOUR = ("co_code", "co_names", "co_varnames", "co_freevars", "co_cellvars")
@@ -23,6 +28,8 @@ def same_code(a: types.CodeType, b: types.CodeType) -> bool:
 def _same_constant(a, b) -> bool:
     if isinstance(a, types.CodeType) and isinstance(b, types.CodeType):
         return same_code(a, b)
+    if isinstance(a, frozenset) and isinstance(b, frozenset):
+        return set(map(repr, a)) == set(map(repr, b))  # their order differs from run to run
     return repr(a) == repr(b)  # 1 == True
 
 
@@ -58,7 +65,9 @@ def _definition(code: types.CodeType, source: str) -> ast.FunctionDef:
 
 @functools.lru_cache(maxsize=4)
 def _compiled(source: str) -> tuple[ast.Module, types.CodeType]:
-    return ast.parse(source), compile(source, "<source>", "exec", dont_inherit=True)
+    with warnings.catch_warnings():  # of the source, which Python gave when it was imported
+        warnings.simplefilter("ignore")
+        return ast.parse(source), compile(source, "<source>", "exec", dont_inherit=True)
 
 
 def words(node: ast.AST) -> str:
@@ -80,3 +89,41 @@ def _place(code: types.CodeType) -> tuple[str, int]:
 
 def _place_of_tree(node: ast.FunctionDef) -> tuple[str, int]:
     return node.name, min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+
+
+def digest(function: types.FunctionType) -> str:
+    """Sixteen digits that tell the statements of a function from any others, whatever their layout and comments.
+
+    Raises:
+        Refused: as :func:`definition`.
+    """
+    body = definition(function).body
+    documented = body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant)
+    text = "\n".join(ast.unparse(statement) for statement in body[documented:])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def is_known(function, digests: tuple[str, ...]) -> bool:
+    """Whether a function is one that was read before, by its digest."""
+    try:
+        return isinstance(function, types.FunctionType) and digest(function) in digests
+    except Refused:
+        return False
+
+
+def supers_by_class(function: types.FunctionType) -> bool:
+    """Whether a method says ``super(self.__class__, self)``, which in a subclass finds the method itself."""
+    names = function.__code__.co_names
+    if "super" not in names or not {"__class__", "type"} & set(names):
+        return False
+    try:
+        tree = definition(function)
+    except Refused:
+        return False
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(func=ast.Name(id="super"), args=[ast.Attribute(attr="__class__"), *_]):
+                return True
+            case ast.Call(func=ast.Name(id="super"), args=[ast.Call(func=ast.Name(id="type")), *_]):
+                return True
+    return False

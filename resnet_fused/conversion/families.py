@@ -1,0 +1,35 @@
+"""What is known of classes that are not torch's: subclasses that change nothing, and the layers of model packages."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from . import kinds, timm_layers, torchvision_ops, transformers_layers
+from .classes import Fused
+
+_PACKAGES = {
+    "timm": timm_layers.kind,
+    "torchvision": torchvision_ops.kind,
+    "transformers": transformers_layers.kind,
+}
+
+
+def kind_of(module: nn.Module) -> kinds.Kind | None:
+    """What is known of the class of ``module``; None where nothing is.
+
+    A class that is new, for a parametrization made it or a BatchNorm was frozen since, is looked at once. Not while
+    torch.compile traces: reading its source is none of the model's work.
+    """
+    cls = type(module)
+    if cls not in kinds.KINDS and not torch.compiler.is_compiling():
+        learn([cls])
+    return kinds.KINDS.get(cls)
+
+
+def learn(classes: Iterable[type[nn.Module]]) -> None:
+    """Adds to :mod:`.kinds` what is known of some classes, or that nothing is."""
+    for cls in classes:
+        if cls not in kinds.KINDS and not issubclass(cls, Fused):
+            package = _PACKAGES.get(cls.__module__.partition(".")[0])
+            kinds.KINDS[cls] = kinds.inherited(cls) or (None if package is None else package(cls))

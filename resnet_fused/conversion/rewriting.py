@@ -1,0 +1,199 @@
+"""Writes a forward anew so that BatchNorms and adds wait for what their output goes to.
+
+    x = self.bn1(x)                  x = call(True, (), self.bn1, x)
+    x = self.act1(x)                 x = call(True, (), self.act1, x)
+    if self.downsample is not None:  if self.downsample is not None:
+        y = self.downsample(y)           y = call(False, (x,), self.downsample, y)
+
+``call``, ``add``, ``method`` and ``settle`` are those of :mod:`.deferred`, which decide at run time, module by module,
+what a call is. The rewriting knows no module: it only shows that a value which may wait is used once, and where.
+Everything else that the forward does, branches, loops, other calls and their order, stays the source's own.
+
+Why the source, and not torch.fx or torch.export: a graph is what one run with one input did. It has no early return, no
+branch on a shape or on ``training``, and whatever a forward does beside its tensors ran once while it was traced; each
+of these would be lost, or the block refused. And tracing runs the user's code. Here nothing runs.
+
+What is shown of every value that may wait, on every path:
+
+- It lies in one local variable or on the way from one call to the next; a second name or use settles it first.
+- It is used or settled once on every path: before a path on which it is not read, before and at the end of ``while``
+  and of torch's own contexts, and of a ``for`` but for what waits for the next round. In a ``try``, and in a context
+  that might swallow an exception, nothing waits.
+- Where code runs before it is used, that is calls which are told of it (``held``) so that they can settle it. Before
+  any other call, an assignment in place, a store to an attribute, a read of running statistics or a ``del`` it is
+  settled.
+- ``now`` says that nothing runs between a call and the use of its result.
+
+Operators of tensors (``a * b``) run no code of the model, and its attributes are read freely; a forward that reads a
+property of its class is left alone.
+"""
+
+import __future__
+
+import ast
+import copy
+import inspect
+import types
+import warnings
+from typing import Any, NamedTuple
+
+from .deferred import HELPERS
+from .source import Refused, definition
+from .statements import Writer
+
+_FACTORY = "_resnet_fused_factory"
+_STRANGE = (ast.Yield, ast.YieldFrom, ast.Await, ast.AsyncFor, ast.AsyncWith, ast.Match, ast.Global, ast.Nonlocal)
+_STRANGE_CALLS = ("locals", "vars", "eval", "exec", "globals", "dir")
+
+
+class Rewritten(NamedTuple):
+    """A function and its two rewritings.
+
+    Attributes:
+        me: the name of its first argument.
+        arguments: the names of the others.
+        closed: gives tensors, as the original does.
+        open: may give a value that waits.
+        body, open_body: the statements of each.
+        waits: whether any value may wait in it.
+        asks_classes: whether it compares the exact class of something else than its arguments.
+    """
+
+    original: types.FunctionType
+    me: str
+    arguments: tuple[str, ...]
+    closed: types.FunctionType
+    open: types.FunctionType
+    body: list[ast.stmt]
+    open_body: list[ast.stmt]
+    waits: bool
+    asks_classes: bool
+
+
+# The code of a function may be replaced.
+_KNOWN: dict[tuple[types.FunctionType, types.CodeType], Rewritten | Refused] = {}
+
+
+def rewritten(function: types.FunctionType) -> Rewritten:
+    """The rewritings of a method.
+
+    Raises:
+        Refused: its source is not at hand or not its own, or it says something that is not known here.
+    """
+    key = function, function.__code__
+    known = _KNOWN.get(key)
+    if known is None:
+        try:
+            known = _rewrite(function)
+        except Refused as refusal:
+            known = refusal
+        _KNOWN[key] = known
+    if isinstance(known, Refused):
+        raise known
+    return known
+
+
+def _rewrite(function: types.FunctionType) -> Rewritten:
+    code = function.__code__
+    if hasattr(function, "__wrapped__") or code.co_argcount == 0:
+        raise Refused("it is wrapped by a decorator")
+    if code.co_flags & (inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR):
+        raise Refused("it is a generator or coroutine")
+    tree = definition(function)
+    _check(tree, code.co_varnames[0])
+    bodies, waits = [], False
+    for is_open in (False, True):
+        writer = Writer(function, tree, is_open)
+        bodies.append(writer.body(tree.body))
+        waits = waits or writer.waits
+    closed, opened = (_function(function, tree, body) for body in bodies)
+    arguments = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
+    return Rewritten(function, code.co_varnames[0], arguments, closed, opened, *bodies, waits, _asks_classes(tree))
+
+
+def _asks_classes(tree: ast.FunctionDef) -> bool:
+    arguments = {argument.arg for argument in ast.walk(tree.args) if isinstance(argument, ast.arg)}
+    for comparison in ast.walk(tree):
+        for node in ast.walk(comparison) if isinstance(comparison, ast.Compare) else ():
+            match node:
+                case ast.Call(func=ast.Name(id="type"), args=[value]) | ast.Attribute(value=value, attr="__class__"):
+                    if not (isinstance(value, ast.Name) and value.id in arguments):
+                        return True
+    return False
+
+
+def _check(tree: ast.FunctionDef, me: str) -> None:
+    for node in ast.walk(tree):
+        strange = isinstance(node, _STRANGE) or type(node).__name__ in ("TryStar", "TypeAlias")
+        name = getattr(node, "attr", None) or getattr(node, "id", None) or getattr(node, "arg", None)
+        if strange:
+            raise Refused(f"its source has {type(node).__name__.lower()}, which is not known here")
+        if isinstance(node, ast.Name) and (name in _STRANGE_CALLS or name.startswith("_resnet_fused")):
+            raise Refused(f"it looks at its own variables ({name})")
+        if isinstance(node, ast.Name) and name == me and not isinstance(node.ctx, ast.Load):
+            raise Refused(f"it assigns to {me}")
+        if isinstance(name, str) and name.startswith("__") and not name.endswith("__"):
+            raise Refused(f"it uses {name!r}, whose name Python changes")
+
+
+def _function(original: types.FunctionType, tree: ast.FunctionDef, body: list[ast.stmt]) -> types.FunctionType:
+    """The original with another body: the same globals, defaults, closure, names and lines."""
+    code = original.__code__
+    inner = copy.copy(tree)
+    inner.body, inner.decorator_list = body, []
+    # Defaults and annotations are values of the original, not to be computed again.
+    inner.args, inner.returns = copy.deepcopy(tree.args), None
+    inner.args.defaults = [ast.Constant(None) for _ in tree.args.defaults]
+    inner.args.kw_defaults = [None if default is None else ast.Constant(None) for default in tree.args.kw_defaults]
+    for argument in ast.walk(inner.args):
+        if isinstance(argument, ast.arg):
+            argument.annotation = None
+    names = [*HELPERS, *code.co_freevars]
+    outer = ast.FunctionDef(
+        name=_FACTORY,
+        args=ast.arguments(
+            posonlyargs=[], args=[ast.arg(name) for name in names], kwonlyargs=[], kw_defaults=[], defaults=[]
+        ),
+        body=[inner, ast.Return(ast.Name(inner.name, ast.Load()))],
+        decorator_list=[],
+    )
+    if "type_params" in ast.FunctionDef._fields:
+        outer.type_params = []
+    module = ast.Module([ast.copy_location(outer, tree)], type_ignores=[])
+    namespace: dict[str, Any] = {}
+    flags = code.co_flags & _future_flags()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compiled = compile(ast.fix_missing_locations(module), code.co_filename, "exec", flags=flags, dont_inherit=True)
+    exec(compiled, original.__globals__, namespace)
+    made = namespace[_FACTORY](*HELPERS.values(), *(None for _ in code.co_freevars))
+    cells = dict(zip(made.__code__.co_freevars, made.__closure__ or (), strict=True))
+    cells |= dict(zip(code.co_freevars, original.__closure__ or (), strict=True))
+    closure = tuple(cells[name] for name in made.__code__.co_freevars)
+    function = types.FunctionType(
+        made.__code__.replace(co_firstlineno=code.co_firstlineno, **_qualified(code)),
+        original.__globals__,
+        original.__name__,
+        original.__defaults__,
+        closure,
+    )
+    function.__kwdefaults__ = original.__kwdefaults__
+    if hasattr(original, "__annotate__"):  # Python 3.14, where their values may not exist
+        function.__annotate__ = original.__annotate__
+    else:
+        function.__annotations__ = original.__annotations__
+    function.__doc__ = original.__doc__
+    function.__qualname__, function.__module__ = original.__qualname__, original.__module__
+    function.__dict__.update(original.__dict__)
+    return function
+
+
+def _qualified(code: types.CodeType) -> dict[str, str]:
+    return {"co_qualname": code.co_qualname} if hasattr(code, "co_qualname") else {}  # Python 3.11
+
+
+def _future_flags() -> int:
+    flags = 0
+    for name in __future__.all_feature_names:
+        flags |= getattr(__future__, name).compiler_flag
+    return flags
