@@ -26,7 +26,9 @@ WHEEL_VENV := build/venv-wheel
 EMULATED := build/emulated/_cuda.abi3.so
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 # What runs under another torch: all but the tests that need the checkout, or torchvision, which fits one torch alone.
-OPERATOR_TESTS ?= $(filter-out tests/test_cli.py tests/test_packaging.py tests/test_cuda_build.py tests/test_static.py tests/test_fus% tests/test_conver%,$(wildcard tests/*.py))
+OPERATOR_TESTS ?= $(filter-out tests/test_cli.py tests/test_packaging.py tests/test_cuda_build.py tests/test_static.py tests/test_model_table.py \
+  tests/test_example_inputs.py tests/test_verification.py tests/test_fus% \
+  $(addprefix tests/test_conversion,.py _contracts.py _families.py _survives.py),$(wildcard tests/*.py))
 
 # What runs on the emulated library: the tests of operators, autograd and modules, and those that need the emulator.
 EMULATED_TESTS ?= $(addprefix tests/test_,$(addsuffix .py,adversarial backend backward determinism emulated errors forward \
@@ -50,7 +52,7 @@ WITH_EMULATOR = OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $(dir $(EMULATOR)))
 EMULATE = $(if $(HAVE_EMULATOR),CUDA_ON_CPU_THREADS=1 OMP_NUM_THREADS=1 RESNET_FUSED_EMULATED=$(EMULATED) $(EMULATOR))
 
 .PHONY: help setup demo test lint pytest bench wheel test-other-torch test-wheel audit clean emulated test-emulated traffic static gpu-check \
-  test-triton triton-traffic triton-checks comparison
+  test-triton triton-traffic triton-checks comparison model-table
 
 help:
 	@echo "make setup   install the dependencies into $(VENV) and build the libraries"
@@ -70,6 +72,7 @@ help:
 	@echo "make triton-traffic bytes that each operator's Triton kernels move, as JSON"
 	@echo "make triton-checks  the Triton kernels compiled for four NVIDIA GPUs and one of AMD: registers, spills, accesses"
 	@echo "make comparison     counts docs/comparison.md again: our kernels and those of torch.compile"
+	@echo "make model-table    docs/models.md again: what fuse makes of the models of other packages, and how exact it is"
 	@echo "make gpu-check      on a machine with a GPU: tests and benchmarks there, and a report"
 
 setup: $(BUILT)
@@ -156,6 +159,9 @@ triton-checks: $(BUILT)
 
 comparison: emulated
 	$(WITH_EMULATOR) $(BIN)/python tools/comparison.py --emulator $(EMULATOR) --inductor $(INDUCTOR) $(ARGS)
+
+model-table: $(BUILT)
+	OMP_NUM_THREADS=1 $(BIN)/python tools/model_table.py $(ARGS)
 
 gpu-check: $(BUILT)
 	$(BIN)/python tools/gpu_check.py $(ARGS)
