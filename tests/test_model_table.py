@@ -87,8 +87,8 @@ def test_what_is_no_number_does_not_hold():
     good = model_check.Errors(0.0, 0.0, 0.0)
     bad = model_check.Errors(0.0, math.nan, 0.0)
     assert bad.largest == math.inf
-    assert model_table._holds(model_check.Result("", 1, 1, (), good, good))
-    assert not model_table._holds(model_check.Result("", 1, 1, (), good, bad))
+    assert model_table._holds(model_check.Result("", 1, 0, 1, (), good, good))
+    assert not model_table._holds(model_check.Result("", 1, 0, 1, (), good, bad))
     assert not model_table._holds("RuntimeError: it failed")
 
 
@@ -98,13 +98,13 @@ def test_page_has_counts_reasons_and_failures():
     errors = model_check.Errors(1e-15, 2e-8, 0.0)
     reasons = (("a|b", 3), ("second", 2), ("third", 1), ("fourth", 1), ("fifth", 1))
     results = {
-        "resnet18": model_check.Result("resnet18", 2, 10, reasons, errors, errors),
+        "resnet18": model_check.Result("resnet18", 2, 1, 10, reasons, errors, errors),
         "resnet34": "its process was killed",
     }
     lines = model_table.page(results, 60).splitlines()
     row = next(line for line in lines if "`resnet18`" in line)
     why = "3: a\\|b; 2: second; 1: third; 2: 2 other reasons"
-    assert row == f"| `resnet18` | 10 | 2 | 8 | 1e-15 | **2.0e-08** | 1e-15 | **2.0e-08** | 0 | {why} |"
+    assert row == f"| `resnet18` | 10 | 2 | 1 | 8 | 1e-15 | **2.0e-08** | 1e-15 | **2.0e-08** | 0 | {why} |"
     assert any("FAILED: its process was killed" in line for line in lines)
 
 
