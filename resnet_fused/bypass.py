@@ -24,7 +24,7 @@ _HOOKS = {
     "_backward_pre_hooks": "has a backward pre-hook",
 }
 # What a fused operator computes; somebody may put another in place, on the class or on a base of it.
-_FORWARDS = {kind: kind.forward for kind in (nn.BatchNorm2d, nn.ReLU, nn.Sequential, nn.MaxPool2d)}
+_FORWARDS = {kind: kind.forward for kind in (nn.BatchNorm2d, nn.Sequential)}
 
 
 def why_watched(input) -> str | None:

@@ -165,3 +165,12 @@ def memory_as_it_comes():
         _mallopt(_M_PERTURB, 0x80)
 
     return context
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Threads that wait for each other over small tensors cost more than they bring, most on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

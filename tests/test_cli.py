@@ -223,15 +223,6 @@ def test_report_why_of_a_fused_model_is_its_summary(capsys):
     )
 
 
-@pytest.fixture
-def one_thread():
-    """On a busy machine threads that wait for each other at every small convolution take many times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.usefixtures("one_thread")
 def test_demo_trains_both_networks_and_writes_the_plot(capsys, tmp_path):
     pytest.importorskip("sklearn")

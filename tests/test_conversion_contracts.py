@@ -20,13 +20,7 @@ resnet = torchvision.models.resnet
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-10}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Threads that wait for each other over tensors this small cost more than they bring, most on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small(block=resnet.BasicBlock, **options):

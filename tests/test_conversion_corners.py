@@ -188,9 +188,7 @@ def test_nothing_shows(cls):
 
 def test_a_hook_on_a_shortcut_sees_the_statistics_of_the_step():
     seen = []
-    for block in (Base(8, 12, 2), fuse(Chained(8, 12, 2)), Chained(8, 12, 2)):
-        if type(block) is Base:
-            continue
+    for block in (fuse(Chained(8, 12, 2)), Chained(8, 12, 2)):
         torch.manual_seed(0)
         block.shortcut[0].register_forward_hook(lambda *_, bn=block.bn2: seen.append(bn.num_batches_tracked.item()))
         block(torch.randn(4, 8, 9, 9))

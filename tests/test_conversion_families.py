@@ -19,13 +19,7 @@ ADD = "batch_norm+add+relu"
 DUAL = "batch_norm+batch_norm+add+relu"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Threads that wait for each other over tensors this small cost more than they bring, most on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def package(name):
@@ -482,8 +476,6 @@ class TestTimm:
     @pytest.mark.parametrize("name", ["resnet10t", "resnetv2_18"])
     def test_frozen(self, monkeypatch, name):
         layers = package("timm").layers
-        if not hasattr(layers, "freeze_batch_norm_2d"):
-            pytest.skip("this timm cannot freeze")
         model = timm_model(name)
         layers.freeze_batch_norm_2d(model)
         assert any("Frozen" in type(module).__name__ for module in model.modules())

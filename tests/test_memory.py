@@ -15,13 +15,8 @@ torchvision = pytest.importorskip("torchvision")
 resnet = torchvision.models.resnet
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """The order of what is allocated and freed is that of one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+# The order of what is allocated and freed is that of one thread.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def cut():

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+# It tests the tools, which no wheel has.
 if not (ROOT / "tools").is_dir():
     pytest.skip("needs the checkout", allow_module_level=True)
 pytest.importorskip("torchvision")

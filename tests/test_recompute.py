@@ -35,13 +35,7 @@ resnet = torchvision.models.resnet
 MODIFIED = "modified by an inplace operation"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Threads that wait for each other over tensors this small cost more than they bring, most on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class UserBlock(nn.Module):

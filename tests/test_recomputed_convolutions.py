@@ -17,13 +17,7 @@ from resnet_fused import FusedBottleneck, functional, fuse, fusion_report, memor
 from resnet_fused.measure import LiveMemory, SavedActivations
 from resnet_fused.ops import recomputation
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def pair(model=None):

@@ -36,7 +36,7 @@ class Deferred:
 
     def settle(self) -> Tensor:
         """The tensor that the original forward has here; always the same one."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of value has its own, and this class no values
 
 
 class Fresh(Deferred):

@@ -1,7 +1,7 @@
 """Which modules fuse() may change: those that can be rewritten and that include and exclude leave."""
 
 import fnmatch
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -9,8 +9,6 @@ from ..modules import FusedBottleneck, FusedResidualBlock
 from . import families, kinds, methods
 from .classes import base_of, check_class, is_fused
 from .source import Refused
-
-Pattern = str | Callable[[str, nn.Module], bool]
 
 # torch.ao's, for quantization.
 _QUANTIZATION = ("QuantStub", "DeQuantStub", "FloatFunctional", "QFunctional")
