@@ -10,6 +10,8 @@
 #include <optional>
 #include <string>
 
+#include "layout.h"
+
 namespace resnet_fused {
 
 using torch::headeronly::ScalarType;
@@ -41,11 +43,12 @@ inline ScalarType statistics_dtype(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline void check_dtype(const Tensor& input, const char* name) {
+inline void check_tensor(const Tensor& input, const char* name) {
   const ScalarType dtype = input.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Double || dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
                       dtype == ScalarType::Half,
                   name, " must be float64, float32, bfloat16 or float16, got ", dtype_name(dtype));
+  STD_TORCH_CHECK(input.dim() <= kMaxDims, name, " must have at most ", kMaxDims, " dimensions, got ", input.dim());
 }
 
 inline void check_device(const Tensor& other, const char* name, const Tensor& input) {
@@ -53,7 +56,7 @@ inline void check_device(const Tensor& other, const char* name, const Tensor& in
 }
 
 inline void check_input(const Tensor& input) {
-  check_dtype(input, "input");
+  check_tensor(input, "input");
   STD_TORCH_CHECK(input.dim() >= 2, "input must have at least 2 dimensions (N, C, ...), got shape ", shape_text(input));
 }
 
@@ -104,10 +107,13 @@ inline void check_one_dtype(std::initializer_list<const MaybeTensor*> vectors) {
   }
 }
 
-inline void check_mask(const Tensor& mask, int64_t outer, int64_t bytes) {
-  const bool fits = mask.dim() == 2 && mask.size(0) == outer && mask.size(1) == bytes && mask.is_contiguous();
+// Gives the mask without gaps: whoever kept it between forward and backward may have changed its strides.
+inline Tensor checked_mask(const Tensor& mask, int64_t outer, int64_t bytes, const Tensor& input) {
+  const bool fits = mask.dim() == 2 && mask.size(0) == outer && mask.size(1) == bytes;
   STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Byte && fits, "mask must be uint8 of shape [", outer, ", ", bytes,
                   "], got ", dtype_name(mask.scalar_type()), " of shape ", shape_text(mask));
+  check_device(mask, "mask", input);
+  return mask.is_contiguous() ? mask : torch::stable::contiguous(mask);
 }
 
 }  // namespace resnet_fused

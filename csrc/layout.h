@@ -5,6 +5,7 @@
 #include <torch/headeronly/core/MemoryFormat.h>
 
 #include <cstdint>
+#include <optional>
 
 namespace resnet_fused {
 
@@ -29,6 +30,17 @@ inline MemoryFormat memory_format(const Tensor& tensor) {
   return dims == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d;
 }
 
+// The format that an operator works in: the one that is asked for, or else that of its input. A graph asks, for its compiler may
+// give the input of the forward another format than that of the backward, and the mask of one is read by the other.
+inline MemoryFormat format_of(const Tensor& input, std::optional<bool> channels_last) {
+  if (!channels_last) return memory_format(input);
+  if (!*channels_last || (input.dim() != 4 && input.dim() != 5)) return MemoryFormat::Contiguous;
+  return input.dim() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d;
+}
+
+// As many dimensions as torch's operations take whatever the strides; functional.py leaves tensors of more to torch.
+constexpr int64_t kMaxDims = 64;
+
 // The strides of a tensor without gaps in that format.
 inline void dense_strides(const Tensor& like, MemoryFormat format, int64_t* strides) {
   const auto sizes = like.sizes();
@@ -48,7 +60,7 @@ inline void dense_strides(const Tensor& like, MemoryFormat format, int64_t* stri
 inline bool is_dense(const Tensor& tensor, MemoryFormat format) {
   const auto sizes = tensor.sizes();
   const auto strides = tensor.strides();
-  int64_t expected[64];
+  int64_t expected[kMaxDims];
   dense_strides(tensor, format, expected);
   for (int64_t d = 0; d < tensor.dim(); ++d) {
     if (sizes[d] == 0) return true;

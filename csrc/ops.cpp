@@ -10,6 +10,10 @@
 //                     single position, and a plane (inner = H W) of any other. (0,) where the backward needs none
 //   relu              whether the ReLU is part of the operator
 //   save_mask         whether a backward will follow; without it no mask is written
+//   channels_last     the memory format to work in: outputs and mask have it, and inputs of another one are copied to it. None for
+//                     that of input (of grad_output in add_relu_backward). A graph gives it (ops/autograd.py), since its
+//                     compiler may choose other strides for a tensor than it was traced with, and others in the backward than
+//                     in the forward, while the mask of one is read by the other
 //   needs_*_grad      which gradients to compute. One that is not asked for comes back with shape (0,)
 //   grad_output2      a second gradient of the output, of grad_output's shape and dtype: what is differentiated is the sum of both,
 //                     rounded to their dtype, which is read and not written
@@ -22,7 +26,7 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
   // Training: relu(batch_norm(input) + residual) with the batch's statistics.
   m.def(
       "batch_norm_add_relu_train(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, float eps, bool relu, "
-      "bool save_mask) -> (Tensor output, Tensor mean, Tensor var, Tensor invstd, Tensor mask)");
+      "bool save_mask, bool? channels_last=None) -> (Tensor output, Tensor mean, Tensor var, Tensor invstd, Tensor mask)");
   // The same and update_running_stats at once.
   m.def(
       "batch_norm_add_relu_train_with_update(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, "
@@ -32,14 +36,14 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
   m.def(
       "batch_norm_add_relu_train_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, "
       "Tensor invstd, Tensor? mask, bool relu, bool needs_input_grad, bool needs_residual_grad, bool needs_weight_grad, "
-      "bool needs_bias_grad, Tensor? grad_output2=None) -> (Tensor grad_input, Tensor grad_residual, Tensor grad_weight, "
-      "Tensor grad_bias)");
+      "bool needs_bias_grad, Tensor? grad_output2=None, bool? channels_last=None) -> (Tensor grad_input, "
+      "Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)");
 
   // Training with a projection shortcut: relu(batch_norm(input) + batch_norm(input2)).
   m.def(
       "dual_batch_norm_add_relu_train(Tensor input, Tensor? weight, Tensor? bias, Tensor input2, Tensor? weight2, "
-      "Tensor? bias2, float eps, float eps2, bool relu, bool save_mask) -> (Tensor output, Tensor mean, Tensor var, "
-      "Tensor invstd, Tensor mean2, Tensor var2, Tensor invstd2, Tensor mask)");
+      "Tensor? bias2, float eps, float eps2, bool relu, bool save_mask, bool? channels_last=None) -> (Tensor output, "
+      "Tensor mean, Tensor var, Tensor invstd, Tensor mean2, Tensor var2, Tensor invstd2, Tensor mask)");
   m.def(
       "dual_batch_norm_add_relu_train_with_update(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
       "Tensor(b!)? running_var, Tensor input2, Tensor? weight2, Tensor? bias2, Tensor(c!)? running_mean2, "
@@ -49,48 +53,50 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
       "dual_batch_norm_add_relu_train_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor mean, Tensor invstd, "
       "Tensor input2, Tensor? weight2, Tensor mean2, Tensor invstd2, Tensor? mask, bool relu, bool needs_input_grad, "
       "bool needs_weight_grad, bool needs_bias_grad, bool needs_input2_grad, bool needs_weight2_grad, bool needs_bias2_grad, "
-      "Tensor? grad_output2=None) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_input2, Tensor grad_weight2, "
-      "Tensor grad_bias2)");
+      "Tensor? grad_output2=None, bool? channels_last=None) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, "
+      "Tensor grad_input2, Tensor grad_weight2, Tensor grad_bias2)");
 
   // Evaluation: the same with running statistics.
   m.def(
       "batch_norm_add_relu_eval(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, Tensor running_mean, "
-      "Tensor running_var, float eps, bool relu, bool save_mask) -> (Tensor output, Tensor mask)");
+      "Tensor running_var, float eps, bool relu, bool save_mask, bool? channels_last=None) -> (Tensor output, Tensor mask)");
   m.def(
       "batch_norm_add_relu_eval_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, "
       "Tensor running_mean, Tensor running_var, Tensor? mask, float eps, bool relu, bool needs_input_grad, "
-      "bool needs_residual_grad, bool needs_weight_grad, bool needs_bias_grad, Tensor? grad_output2=None) -> "
-      "(Tensor grad_input, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)");
+      "bool needs_residual_grad, bool needs_weight_grad, bool needs_bias_grad, Tensor? grad_output2=None, "
+      "bool? channels_last=None) -> (Tensor grad_input, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)");
   m.def(
       "dual_batch_norm_add_relu_eval(Tensor input, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
       "Tensor input2, Tensor? weight2, Tensor? bias2, Tensor running_mean2, Tensor running_var2, float eps, float eps2, "
-      "bool relu, bool save_mask) -> (Tensor output, Tensor mask)");
+      "bool relu, bool save_mask, bool? channels_last=None) -> (Tensor output, Tensor mask)");
   m.def(
       "dual_batch_norm_add_relu_eval_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor running_mean, "
       "Tensor running_var, Tensor input2, Tensor? weight2, Tensor running_mean2, Tensor running_var2, Tensor? mask, "
       "float eps, float eps2, bool relu, bool needs_input_grad, bool needs_weight_grad, bool needs_bias_grad, "
-      "bool needs_input2_grad, bool needs_weight2_grad, bool needs_bias2_grad, Tensor? grad_output2=None) -> "
-      "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_input2, Tensor grad_weight2, Tensor grad_bias2)");
+      "bool needs_input2_grad, bool needs_weight2_grad, bool needs_bias2_grad, Tensor? grad_output2=None, "
+      "bool? channels_last=None) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_input2, "
+      "Tensor grad_weight2, Tensor grad_bias2)");
 
   // relu(input + residual) for tensors of any shape; its mask has one row over the elements in memory order.
-  m.def("add_relu(Tensor input, Tensor residual, bool save_mask) -> (Tensor output, Tensor mask)");
-  // The gradient of both operands. grad_output has the strides that add_relu's output had.
-  m.def("add_relu_backward(Tensor grad_output, Tensor mask) -> Tensor");
+  m.def(
+      "add_relu(Tensor input, Tensor residual, bool save_mask, bool? channels_last=None) -> (Tensor output, Tensor mask)");
+  // The gradient of both operands; in the memory format that add_relu worked in.
+  m.def("add_relu_backward(Tensor grad_output, Tensor mask, bool? channels_last=None) -> Tensor");
 
   // The pieces between whose reductions SyncBatchNorm communicates.
   m.def("batch_norm_statistics(Tensor input) -> (Tensor mean, Tensor var)");
   m.def(
       "batch_norm_add_relu_apply(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, Tensor mean, Tensor invstd, "
-      "bool relu, bool save_mask) -> (Tensor output, Tensor mask)");
+      "bool relu, bool save_mask, bool? channels_last=None) -> (Tensor output, Tensor mask)");
   // Sums over N and positions of the gradient behind the ReLU, and of it times (input - mean).
   m.def(
       "batch_norm_add_relu_backward_reduce(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, "
-      "Tensor invstd, Tensor? mask, bool relu) -> (Tensor sum_grad, Tensor sum_grad_xmu)");
+      "Tensor invstd, Tensor? mask, bool relu, bool? channels_last=None) -> (Tensor sum_grad, Tensor sum_grad_xmu)");
   // The same sums divided by the count over all processes come back in.
   m.def(
       "batch_norm_add_relu_backward_apply(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, "
       "Tensor invstd, Tensor? mask, Tensor mean_grad, Tensor mean_grad_xmu, bool relu, bool needs_input_grad, "
-      "bool needs_residual_grad) -> (Tensor grad_input, Tensor grad_residual)");
+      "bool needs_residual_grad, bool? channels_last=None) -> (Tensor grad_input, Tensor grad_residual)");
 
   // running = (1 - momentum) running + momentum batch, with the unbiased variance of count values a channel.
   m.def(

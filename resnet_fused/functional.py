@@ -65,7 +65,12 @@ def batch_norm_add_relu(
             return _call_training("batch_norm_add_relu_train", save, tensors, settings, running)
         except (RuntimeError, TypeError, AttributeError):
             # The operator refuses before it writes. What it refuses torch may accept, or refuse in its own way.
-            if _fits(residual, input) and _vectors_fit(*branch) and not _is_single_value(input, training):
+            if (
+                input.dim() <= checks.MAX_DIMS
+                and _fits(residual, input)
+                and _vectors_fit(*branch)
+                and not _is_single_value(input, training)
+            ):
                 raise
     if training:
         F._verify_batch_size(input.size())
@@ -159,7 +164,7 @@ def add_relu(input: Tensor, residual: Tensor) -> Tensor:
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
     _check_residual(residual, "residual", input, True)
-    if input.dtype != residual.dtype or not backend.is_fused(input):
+    if input.dtype != residual.dtype or not backend.is_fused(input) or input.dim() > checks.MAX_DIMS:
         return _add_relu_unfused(input, residual, True)
     save = torch.is_grad_enabled() and _requires_grad(input, residual)
     return _call("add_relu", save, (input, residual, save))
@@ -244,12 +249,15 @@ def _is_single_value(input: Tensor, training: bool) -> bool:
 
 
 def _fits(residual: Tensor | None, input: Tensor) -> bool:
-    """Whether ``residual`` is none or what the fused operator takes."""
-    return residual is None or (
-        isinstance(residual, Tensor)
-        and residual.shape == input.shape
-        and residual.dtype == input.dtype
-        and residual.device == input.device
+    """Whether ``residual`` is none or what the fused operator takes, for an input that it takes."""
+    return input.dim() <= checks.MAX_DIMS and (
+        residual is None
+        or (
+            isinstance(residual, Tensor)
+            and residual.shape == input.shape
+            and residual.dtype == input.dtype
+            and residual.device == input.device
+        )
     )
 
 
@@ -282,7 +290,10 @@ def _fit_a_graph(training: bool, *branches: tuple) -> bool:
     They refuse as the graph runs, or never, what they would refuse at once in eager: a graph has the update of running
     statistics in an operator of its own, which does not know the input.
     """
-    return all(_vectors_fit(*branch) and not _is_single_value(branch[0], training) for branch in branches)
+    return all(
+        _vectors_fit(*branch) and not _is_single_value(branch[0], training) and branch[0].dim() <= checks.MAX_DIMS
+        for branch in branches
+    )
 
 
 def _vectors_fit(input: Tensor, *vectors: Tensor | None) -> bool:

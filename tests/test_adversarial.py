@@ -175,6 +175,25 @@ def test_infinities_elsewhere(where, training, value, layout, device):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("value", [float("inf"), float("-inf")], ids=str)
+@pytest.mark.parametrize("form", ["bn", "bn_relu", "bn_add_relu", "dual_relu"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("dtype", [torch.float32, *oracle.HALVES], ids=oracle.dtype_name)
+def test_infinities_in_the_gradient(dtype, training, form, value, layout, device):
+    """The weight's gradient is infinite, with the sign of input - mean, wherever the mean lies."""
+    case = oracle.make_case(SHAPE, dtype, device, form, training, layout)
+    for branch in case.branches:
+        branch.input += 5
+        branch.running_mean += 5
+        # Channels 1 and 2 pass the ReLU whole.
+        branch.bias[1:3] = 20
+        branch.input[0, 1, 2, 3], branch.input[1, 2, 2, 3] = 9, 1
+    case.grad_output[0, 1, 2, 3] = case.grad_output[1, 2, 2, 3] = value
+    _check_with_infinities(case)
+    assert oracle.fused(case)["grad_weight"][1:3].tolist() == [value, -value]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_infinities_in_the_weight(training, value, layout, device):

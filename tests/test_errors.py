@@ -331,3 +331,43 @@ def test_add_relu_operator_refusals(device):
         OPS.add_relu(input.int(), input.int(), True)
     with pytest.raises(RuntimeError, match="mask"):
         OPS.add_relu_backward(input, torch.zeros(1, 3, dtype=torch.uint8, device=device))
+
+
+@pytest.mark.parametrize("dims", [64, 65, 100])
+def test_many_dimensions(dims, device):
+    """torch's own operations take more than 64 dimensions where no strides have to be merged, the operators do not."""
+    shape = (2, 3, *[1] * (dims - 3), 5)
+    input, residual, weight = (torch.randn(s, device=device, requires_grad=True) for s in (shape, shape, 3))
+    if dims > 64:
+        with pytest.raises(RuntimeError, match=f"input must have at most 64 dimensions, got {dims}"):
+            torch.ops.resnet_fused.add_relu(input.detach(), residual.detach(), True)
+        with pytest.raises(RuntimeError, match=f"input must have at most 64 dimensions, got {dims}"):
+            torch.ops.resnet_fused.batch_norm_statistics(input.detach())
+        with pytest.raises(RuntimeError, match=f"grad_output must have at most 64 dimensions, got {dims}"):
+            torch.ops.resnet_fused.add_relu_backward(
+                input.detach(), torch.zeros(1, 4, dtype=torch.uint8, device=device)
+            )
+    # The functional forms give torch's result all the same.
+    operands = [input, residual, weight]
+    for ours, theirs in (
+        (functional.add_relu(input, residual), F.relu(input + residual)),
+        (
+            functional.batch_norm_add_relu(input, None, None, weight, None, residual, training=True),
+            F.relu(F.batch_norm(input, None, None, weight, None, training=True) + residual),
+        ),
+        (
+            functional.dual_batch_norm_add_relu(
+                input, None, None, weight, None, residual, None, None, weight, training=True
+            ),
+            F.relu(
+                F.batch_norm(input, None, None, weight, None, training=True)
+                + F.batch_norm(residual, None, None, weight, None, training=True)
+            ),
+        ),
+    ):
+        torch.testing.assert_close(ours.flatten(), theirs.flatten())
+        grads = torch.autograd.grad(ours.square().sum(), operands, allow_unused=True)
+        expected = torch.autograd.grad(theirs.square().sum(), operands, allow_unused=True)
+        for grad, value in zip(grads, expected, strict=True):
+            if value is not None:
+                torch.testing.assert_close(grad.flatten(), value.flatten())

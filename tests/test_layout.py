@@ -107,7 +107,27 @@ def _add_gaps():
     )
 
 
-HOOKS = {"save_on_cpu": torch.autograd.graph.save_on_cpu, "contiguous": _drop_memory_format, "gaps": _add_gaps}
+def _add_gaps_everywhere():
+    """Also to masks and to vectors of channels."""
+    return torch.autograd.graph.saved_tensors_hooks(
+        lambda saved: torch.stack([saved, torch.zeros_like(saved)], -1)[..., 0], lambda packed: packed
+    )
+
+
+def _transpose():
+    return torch.autograd.graph.saved_tensors_hooks(
+        lambda saved: saved.transpose(0, -1).clone(memory_format=torch.contiguous_format).transpose(0, -1),
+        lambda packed: packed,
+    )
+
+
+HOOKS = {
+    "save_on_cpu": torch.autograd.graph.save_on_cpu,
+    "contiguous": _drop_memory_format,
+    "gaps": _add_gaps,
+    "gaps everywhere": _add_gaps_everywhere,
+    "transposed": _transpose,
+}
 
 
 @pytest.mark.parametrize("hooks", sorted(HOOKS))

@@ -154,3 +154,50 @@ def test_fake_kernels_of_other_layouts(name, layout, device):
     a = case.branches[0]
     arguments = tuple(a.input if i == 0 else v for i, v in enumerate(_forward_arguments(name, case)))
     torch.library.opcheck(getattr(OPS, name).default, arguments, test_utils=("test_faketensor",))
+
+
+def _has_format(name):
+    return getattr(OPS, name).default._schema.arguments[-1].name == "channels_last"
+
+
+def _with_format(op, arguments, channels_last):
+    """The arguments up to ``channels_last``, and that."""
+    absent = (None,) * (len(op._schema.arguments) - 1 - len(arguments))
+    return (*arguments, *absent, channels_last)
+
+
+# Where C is 1, or there is one position, dense strides fit both formats.
+@pytest.mark.parametrize("shape", [SHAPE, (3, 1, 4, 5), (4, 9, 1, 1), (2, 8, 2, 2, 2), (4, 9)], ids=str)
+@pytest.mark.parametrize("wanted", [False, True], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("name", [n for n in FORWARD + OTHERS if _has_format(n)])
+def test_format_that_is_asked_for(name, wanted, shape, device):
+    """Whatever the strides of the operands, results are those of operands in that format, to the bit and the stride."""
+    op = getattr(OPS, name).default
+    form = "dual_relu" if name.startswith("dual") else "bn_add_relu"
+    layout = "channels_last" if wanted else "contiguous"
+    case = oracle.make_case(shape, torch.float32, device, form, "eval" not in name, layout)
+    # A channel of size 1 has a stride of its own in each format.
+    format = ops.layout.format_of(case.branches[0].input, wanted)
+    arguments = _forward_arguments(name, case) if name in FORWARD else _other_arguments(name, case)
+    if "backward" in name:
+        # The mask has the meaning that it has in this format.
+        forward = "add_relu" if name == "add_relu_backward" else name.split("_backward")[0]
+        if forward == "batch_norm_add_relu":  # ..._backward_reduce and ..._backward_apply
+            forward += "_apply"
+        made = getattr(OPS, forward).default
+        mask = made(*_with_format(made, _forward_arguments(forward, case), wanted))[-1]
+        place = [argument.name for argument in op._schema.arguments].index("mask")
+        arguments = (*arguments[:place], mask, *arguments[place + 1 :])
+    results = []
+    converts = [convert for layout, convert in oracle.LAYOUTS.items() if "expanded" not in layout]
+    for convert in (lambda t: t.contiguous(memory_format=format), *converts):
+        moved = [convert(a) if isinstance(a, torch.Tensor) and tuple(a.shape) == shape else a for a in arguments]
+        results.append(op(*_with_format(op, moved, wanted)))
+    expected, *others = [r if isinstance(r, tuple) else (r,) for r in results]
+    for other in others:
+        for ours, theirs in zip(other, expected, strict=True):
+            assert torch.equal(ours, theirs)
+            assert ours.stride() == theirs.stride()
+    like = torch.empty(shape).contiguous(memory_format=format)
+    assert all(r.is_contiguous(memory_format=format) for r in expected if r.shape == like.shape)
+    torch.library.opcheck(op, _with_format(op, arguments, wanted), test_utils=("test_schema", "test_faketensor"))

@@ -21,11 +21,12 @@ void parallel_elements(int64_t numel, const F& f) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> add_relu(const Tensor& input, const Tensor& residual, bool save_mask) {
-  check_dtype(input, "input");
+std::tuple<Tensor, Tensor> add_relu(const Tensor& input, const Tensor& residual, bool save_mask,
+                                    std::optional<bool> channels_last) {
+  check_tensor(input, "input");
   check_same(residual, "residual", input);
   return dispatch(input.scalar_type(), [&]<typename T>() {
-    const MemoryFormat format = memory_format(input);
+    const MemoryFormat format = format_of(input, channels_last);
     const Tensor x = dense(input, format), r = dense(residual, format);
     const int64_t numel = x.numel();
     const Tensor output = empty_like(x, format);
@@ -40,14 +41,14 @@ std::tuple<Tensor, Tensor> add_relu(const Tensor& input, const Tensor& residual,
   });
 }
 
-Tensor add_relu_backward(const Tensor& grad_output, const Tensor& mask) {
-  check_dtype(grad_output, "grad_output");
-  check_mask(mask, 1, (grad_output.numel() + 7) / 8);
+Tensor add_relu_backward(const Tensor& grad_output, const Tensor& mask, std::optional<bool> channels_last) {
+  check_tensor(grad_output, "grad_output");
+  const Tensor dense_mask = checked_mask(mask, 1, (grad_output.numel() + 7) / 8, grad_output);
   return dispatch(grad_output.scalar_type(), [&]<typename T>() {
-    const MemoryFormat format = memory_format(grad_output);
+    const MemoryFormat format = format_of(grad_output, channels_last);
     const Tensor g = dense(grad_output, format);
     const Tensor grad_input = empty_like(g, format);
-    const uint8_t* bits = mask.const_data_ptr<uint8_t>();
+    const uint8_t* bits = dense_mask.const_data_ptr<uint8_t>();
     const T* from = g.const_data_ptr<T>();
     T* to = grad_input.mutable_data_ptr<T>();
     parallel_elements(g.numel(),

@@ -25,9 +25,8 @@ struct Gradients {
 
   Gradients(const Tensor& grad_output, const Branch<T>& branch, const Branch<T>* branch2, const MaybeTensor& mask,
             bool relu, const MaybeTensor& grad_output2 = std::nullopt)
-      : format(memory_format(branch.tensor)),
-        grad_output(dense(grad_output, format)),
-        grad_output2(grad_output2 ? MaybeTensor(dense(*grad_output2, format)) : std::nullopt),
+      : grad_output(dense(grad_output, branch.format)),
+        grad_output2(grad_output2 ? MaybeTensor(dense(*grad_output2, branch.format)) : std::nullopt),
         branch(branch),
         branch2(branch2),
         sums(branch.shape.channels) {
@@ -44,9 +43,9 @@ struct Gradients {
     }
     a.keep = KeepFrom::kAll;
     if (relu && mask) {
-      check_mask(*mask, shape.outer(), shape.mask_bytes());
+      this->mask = checked_mask(*mask, shape.outer(), shape.mask_bytes(), branch.tensor);
       a.keep = KeepFrom::kMask;
-      a.mask = mask->const_data_ptr<uint8_t>();
+      a.mask = this->mask->template const_data_ptr<uint8_t>();
     } else if (relu) {
       STD_TORCH_CHECK(!branch2, "mask is needed for the ReLU's gradient");
       a.keep = KeepFrom::kInput;
@@ -56,7 +55,7 @@ struct Gradients {
   // Allocates what is asked for; `slot` is where the kernels write it.
   Tensor wanted(bool is, T*& slot) {
     if (!is) return nothing(branch.tensor.scalar_type());
-    Tensor r = empty_like(branch.tensor, format);
+    Tensor r = empty_like(branch.tensor, branch.format);
     slot = r.mutable_data_ptr<T>();
     return r;
   }
@@ -86,8 +85,35 @@ struct Gradients {
   // From the origin of the kernels' sums to the mean.
   void centre(int64_t c) {
     if (kOriginIsMean<T>) return;
+    if (!std::isfinite(sums.grad[c])) {
+      sums.xmu[c] = infinite_xmu(c, branch);
+      if (branch2) sums.xmu2[c] = infinite_xmu(c, *branch2);
+      return;
+    }
     sums.xmu[c] -= static_cast<double>(branch.mean[c]) * sums.grad[c];
     if (branch2) sums.xmu2[c] -= static_cast<double>(branch2->mean[c]) * sums.grad[c];
+  }
+
+  // The sum of grad (input - mean) where a gradient is infinite: it has the sign of input - mean there.
+  double infinite_xmu(int64_t c, const Branch<T>& of) const {
+    const Shape& shape = a.shape;
+    double sum = 0;
+    for (int64_t n = 0; n < shape.batch; ++n) {
+      for (int64_t s = 0; s < shape.positions; ++s) {
+        const int64_t run = shape.rows ? n * shape.positions + s : n * shape.channels + c;
+        const int64_t i = shape.rows ? c : s;
+        const int64_t at = run * shape.inner() + i;
+        if (a.keep == KeepFrom::kMask && !(a.mask[run * shape.mask_bytes() + i / 8] >> i % 8 & 1)) continue;
+        if (a.keep == KeepFrom::kInput) {
+          const C y = std::fma(number(a.input[at]) - branch.mean[c], branch.scale[c], branch.bias[c]);
+          if (number(T(y)) <= C(0)) continue;  // not NaN
+        }
+        C grad = number(a.grad_output[at]);
+        if (a.grad_output2) grad = number(T(grad + number(a.grad_output2[at])));
+        sum += static_cast<double>(grad) * (static_cast<double>(number(of.data[at])) - static_cast<double>(of.mean[c]));
+      }
+    }
+    return sum;
   }
 
   void reduce() {
@@ -219,9 +245,8 @@ struct Gradients {
     return vector_tensor(sums.grad.data(), a.shape.channels, dtype);
   }
 
-  MemoryFormat format;
   Tensor grad_output;
-  MaybeTensor grad_output2;
+  MaybeTensor grad_output2, mask;
   const Branch<T>& branch;
   const Branch<T>* branch2;
   ChannelSums sums;
@@ -248,12 +273,11 @@ Four batch_norm_add_relu_train_backward(const Tensor& grad_output, const Tensor&
                                         const MaybeTensor& bias, const Tensor& mean, const Tensor& invstd,
                                         const MaybeTensor& mask, bool relu, bool needs_input_grad,
                                         bool needs_residual_grad, bool needs_weight_grad, bool needs_bias_grad,
-                                        const MaybeTensor& grad_output2) {
+                                        const MaybeTensor& grad_output2, std::optional<bool> channels_last) {
   check_backward(grad_output, input, weight, bias, mean, invstd);
   check_same(grad_output2, "grad_output2", input);
   return dispatch(input.scalar_type(), [&]<typename T>() {
-    const Tensor x = dense(input, memory_format(input));
-    Branch<T> branch(x, weight, bias, 0, shape_of(x));
+    Branch<T> branch(input, format_of(input, channels_last), weight, bias, 0);
     branch.take_invstd(mean, invstd);
     Gradients<T> g(grad_output, branch, nullptr, mask, relu, grad_output2);
     const Tensor grad_input = g.wanted(needs_input_grad, g.a.grad_input);
@@ -268,12 +292,11 @@ Four batch_norm_add_relu_eval_backward(const Tensor& grad_output, const Tensor& 
                                        const MaybeTensor& bias, const Tensor& running_mean, const Tensor& running_var,
                                        const MaybeTensor& mask, double eps, bool relu, bool needs_input_grad,
                                        bool needs_residual_grad, bool needs_weight_grad, bool needs_bias_grad,
-                                       const MaybeTensor& grad_output2) {
+                                       const MaybeTensor& grad_output2, std::optional<bool> channels_last) {
   check_backward(grad_output, input, weight, bias, running_mean, running_var);
   check_same(grad_output2, "grad_output2", input);
   return dispatch(input.scalar_type(), [&]<typename T>() {
-    const Tensor x = dense(input, memory_format(input));
-    Branch<T> branch(x, weight, bias, eps, shape_of(x));
+    Branch<T> branch(input, format_of(input, channels_last), weight, bias, eps);
     branch.take_var(running_mean, running_var);
     Gradients<T> g(grad_output, branch, nullptr, mask, relu, grad_output2);
     const Tensor grad_input = g.wanted(needs_input_grad, g.a.grad_input);
@@ -292,15 +315,13 @@ Six dual_backward(const Tensor& grad_output, const Tensor& input, const MaybeTen
                   const MaybeTensor& weight2, const MaybeTensor& mask, double eps, double eps2, bool relu,
                   bool needs_input_grad, bool needs_weight_grad, bool needs_bias_grad, bool needs_input2_grad,
                   bool needs_weight2_grad, bool needs_bias2_grad, const MaybeTensor& grad_output2,
-                  const Statistics& statistics, const Run& run) {
+                  std::optional<bool> channels_last, const Statistics& statistics, const Run& run) {
   check_same(grad_output2, "grad_output2", input);
   check_same(input2, "input2", input);
   check_per_channel(weight2, "weight2", input);
   return dispatch(input.scalar_type(), [&]<typename T>() {
-    const MemoryFormat format = memory_format(input);
-    const Tensor x = dense(input, format);
-    Branch<T> branch(x, weight, std::nullopt, eps, shape_of(x));
-    Branch<T> branch2(dense(input2, format), weight2, std::nullopt, eps2, branch.shape);
+    Branch<T> branch(input, format_of(input, channels_last), weight, std::nullopt, eps);
+    Branch<T> branch2(input2, branch.format, weight2, std::nullopt, eps2);
     statistics(branch, branch2);
     Gradients<T> g(grad_output, branch, &branch2, mask, relu, grad_output2);
     const Tensor grad_input = g.wanted(needs_input_grad, g.a.grad_input);
@@ -321,13 +342,13 @@ Six dual_batch_norm_add_relu_train_backward(const Tensor& grad_output, const Ten
                                             const MaybeTensor& mask, bool relu, bool needs_input_grad,
                                             bool needs_weight_grad, bool needs_bias_grad, bool needs_input2_grad,
                                             bool needs_weight2_grad, bool needs_bias2_grad,
-                                            const MaybeTensor& grad_output2) {
+                                            const MaybeTensor& grad_output2, std::optional<bool> channels_last) {
   check_backward(grad_output, input, weight, std::nullopt, mean, invstd);
   check_per_channel(mean2, "mean2", input);
   check_per_channel(invstd2, "invstd2", input);
   return dual_backward(
       grad_output, input, weight, input2, weight2, mask, 0, 0, relu, needs_input_grad, needs_weight_grad,
-      needs_bias_grad, needs_input2_grad, needs_weight2_grad, needs_bias2_grad, grad_output2,
+      needs_bias_grad, needs_input2_grad, needs_weight2_grad, needs_bias2_grad, grad_output2, channels_last,
       [&](auto& branch, auto& branch2) {
         branch.take_invstd(mean, invstd);
         branch2.take_invstd(mean2, invstd2);
@@ -341,14 +362,15 @@ Six dual_batch_norm_add_relu_eval_backward(const Tensor& grad_output, const Tens
                                            const Tensor& running_var2, const MaybeTensor& mask, double eps, double eps2,
                                            bool relu, bool needs_input_grad, bool needs_weight_grad,
                                            bool needs_bias_grad, bool needs_input2_grad, bool needs_weight2_grad,
-                                           bool needs_bias2_grad, const MaybeTensor& grad_output2) {
+                                           bool needs_bias2_grad, const MaybeTensor& grad_output2,
+                                           std::optional<bool> channels_last) {
   check_backward(grad_output, input, weight, std::nullopt, running_mean, running_var);
   check_per_channel(running_mean2, "running_mean2", input);
   check_per_channel(running_var2, "running_var2", input);
   const bool sums = needs_weight_grad || needs_bias_grad || needs_weight2_grad || needs_bias2_grad;
   return dual_backward(
       grad_output, input, weight, input2, weight2, mask, eps, eps2, relu, needs_input_grad, needs_weight_grad,
-      needs_bias_grad, needs_input2_grad, needs_weight2_grad, needs_bias2_grad, grad_output2,
+      needs_bias_grad, needs_input2_grad, needs_weight2_grad, needs_bias2_grad, grad_output2, channels_last,
       [&](auto& branch, auto& branch2) {
         branch.take_var(running_mean, running_var);
         branch2.take_var(running_mean2, running_var2);
@@ -359,11 +381,11 @@ Six dual_batch_norm_add_relu_eval_backward(const Tensor& grad_output, const Tens
 std::tuple<Tensor, Tensor> batch_norm_add_relu_backward_reduce(const Tensor& grad_output, const Tensor& input,
                                                                const MaybeTensor& weight, const MaybeTensor& bias,
                                                                const Tensor& mean, const Tensor& invstd,
-                                                               const MaybeTensor& mask, bool relu) {
+                                                               const MaybeTensor& mask, bool relu,
+                                                               std::optional<bool> channels_last) {
   check_backward(grad_output, input, weight, bias, mean, invstd);
   return dispatch(input.scalar_type(), [&]<typename T>() {
-    const Tensor x = dense(input, memory_format(input));
-    Branch<T> branch(x, weight, bias, 0, shape_of(x));
+    Branch<T> branch(input, format_of(input, channels_last), weight, bias, 0);
     branch.take_invstd(mean, invstd);
     Gradients<T> g(grad_output, branch, nullptr, mask, relu);
     g.reduce();
@@ -378,14 +400,14 @@ std::tuple<Tensor, Tensor> batch_norm_add_relu_backward_apply(const Tensor& grad
                                                               const Tensor& mean, const Tensor& invstd,
                                                               const MaybeTensor& mask, const Tensor& mean_grad,
                                                               const Tensor& mean_grad_xmu, bool relu,
-                                                              bool needs_input_grad, bool needs_residual_grad) {
+                                                              bool needs_input_grad, bool needs_residual_grad,
+                                                              std::optional<bool> channels_last) {
   check_backward(grad_output, input, weight, bias, mean, invstd);
   check_per_channel(mean_grad, "mean_grad", input);
   check_per_channel(mean_grad_xmu, "mean_grad_xmu", input);
   return dispatch(input.scalar_type(), [&]<typename T>() {
-    const Tensor x = dense(input, memory_format(input));
-    const Shape shape = shape_of(x);
-    Branch<T> branch(x, weight, bias, 0, shape);
+    Branch<T> branch(input, format_of(input, channels_last), weight, bias, 0);
+    const Shape& shape = branch.shape;
     branch.take_invstd(mean, invstd);
     Gradients<T> g(grad_output, branch, nullptr, mask, relu);
     const Tensor grad_input = g.wanted(needs_input_grad, g.a.grad_input);

@@ -12,13 +12,24 @@
 namespace resnet_fused::cpu {
 
 template <typename T>
+Compute<T> number(T value) {
+  if constexpr (sizeof(T) == 2) {
+    return static_cast<float>(value);
+  } else {
+    return value;
+  }
+}
+
+template <typename T>
 struct Branch {
   using C = Compute<T>;
 
-  Branch(const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias, double eps, const Shape& shape)
-      : tensor(input),
-        data(input.const_data_ptr<T>()),
-        shape(shape),
+  // Of input in that format.
+  Branch(const Tensor& input, MemoryFormat format, const MaybeTensor& weight, const MaybeTensor& bias, double eps)
+      : tensor(dense(input, format)),
+        format(format),
+        data(tensor.template const_data_ptr<T>()),
+        shape(shape_of(input, format)),
         eps(eps),
         mean(vector_of<C>(shape.channels)),
         var(vector_of<C>(shape.channels)),
@@ -86,20 +97,13 @@ struct Branch {
   Tensor invstd_tensor() const { return statistic(invstd); }
 
   Tensor tensor;
+  MemoryFormat format;
   const T* data;
   Shape shape;
   double eps;
   Vector<C> mean, var, invstd, scale, bias;
 
  private:
-  static C number(T value) {
-    if constexpr (sizeof(T) == 2) {
-      return static_cast<float>(value);
-    } else {
-      return value;
-    }
-  }
-
   Tensor statistic(const Vector<C>& from) const {
     Tensor r = empty({shape.channels}, statistics_dtype(tensor.scalar_type()));
     std::copy_n(from.data(), shape.channels, r.mutable_data_ptr<C>());

@@ -17,9 +17,8 @@ namespace {
 template <typename T>
 struct Output {
   Output(const Branch<T>& branch, const MaybeTensor& residual, const Branch<T>* branch2, bool relu, bool save_mask)
-      : format(memory_format(branch.tensor)),
-        residual(residual ? std::optional(dense(*residual, format)) : std::nullopt),
-        output(empty_like(branch.tensor, format)),
+      : residual(residual ? std::optional(dense(*residual, branch.format)) : std::nullopt),
+        output(empty_like(branch.tensor, branch.format)),
         mask(new_mask(relu && save_mask && (residual || branch2), branch.shape)) {
     arguments.shape = branch.shape;
     arguments.input = branch.data;
@@ -34,7 +33,6 @@ struct Output {
     arguments.stream = should_stream<T>(branch.shape, {arguments.output});
   }
 
-  MemoryFormat format;
   MaybeTensor residual;
   Tensor output;
   Tensor mask;
@@ -90,14 +88,13 @@ void run_training(const ForwardArguments<T>& arguments, Branch<T>& branch, Branc
 // One branch in training; `results` picks what comes back, and may update running statistics.
 template <typename Results>
 auto train(const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& residual,
-           double eps, bool relu, bool save_mask, const Results& results) {
+           double eps, bool relu, bool save_mask, std::optional<bool> channels_last, const Results& results) {
   check_input(input);
   check_per_channel(weight, "weight", input);
   check_per_channel(bias, "bias", input);
   check_same(residual, "residual", input);
   return dispatch(input.scalar_type(), [&]<typename T>() {
-    const Tensor x = dense(input, memory_format(input));
-    Branch<T> branch(x, weight, bias, eps, shape_of(x));
+    Branch<T> branch(input, format_of(input, channels_last), weight, bias, eps);
     Output<T> out(branch, residual, nullptr, relu, save_mask);
     run_training<T>(out.arguments, branch, nullptr);
     return results(branch, out);
@@ -108,7 +105,7 @@ auto train(const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bi
 template <typename Results>
 auto train_dual(const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias, const Tensor& input2,
                 const MaybeTensor& weight2, const MaybeTensor& bias2, double eps, double eps2, bool relu,
-                bool save_mask, const Results& results) {
+                bool save_mask, std::optional<bool> channels_last, const Results& results) {
   check_input(input);
   check_per_channel(weight, "weight", input);
   check_per_channel(bias, "bias", input);
@@ -116,10 +113,8 @@ auto train_dual(const Tensor& input, const MaybeTensor& weight, const MaybeTenso
   check_per_channel(weight2, "weight2", input);
   check_per_channel(bias2, "bias2", input);
   return dispatch(input.scalar_type(), [&]<typename T>() {
-    const MemoryFormat format = memory_format(input);
-    const Tensor x = dense(input, format);
-    Branch<T> branch(x, weight, bias, eps, shape_of(x));
-    Branch<T> branch2(dense(input2, format), weight2, bias2, eps2, branch.shape);
+    Branch<T> branch(input, format_of(input, channels_last), weight, bias, eps);
+    Branch<T> branch2(input2, branch.format, weight2, bias2, eps2);
     branch.add_bias_of(branch2);
     Output<T> out(branch, std::nullopt, &branch2, relu, save_mask);
     run_training<T>(out.arguments, branch, &branch2);
@@ -138,14 +133,13 @@ void check_update(const Tensor& input, const MaybeTensor& weight, const MaybeTen
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_add_relu_train(const Tensor& input,
-                                                                             const MaybeTensor& weight,
-                                                                             const MaybeTensor& bias,
-                                                                             const MaybeTensor& residual, double eps,
-                                                                             bool relu, bool save_mask) {
-  return train(input, weight, bias, residual, eps, relu, save_mask, [](const auto& branch, const auto& out) {
-    return std::tuple(out.output, branch.mean_tensor(), branch.var_tensor(), branch.invstd_tensor(), out.mask);
-  });
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_add_relu_train(
+    const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& residual, double eps,
+    bool relu, bool save_mask, std::optional<bool> channels_last) {
+  return train(
+      input, weight, bias, residual, eps, relu, save_mask, channels_last, [](const auto& branch, const auto& out) {
+        return std::tuple(out.output, branch.mean_tensor(), branch.var_tensor(), branch.invstd_tensor(), out.mask);
+      });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_add_relu_train_with_update(
@@ -155,20 +149,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_add_relu_train_with_update
   check_input(input);
   check_update(input, weight, bias, running_mean, running_var, "running_mean", "running_var");
   check_count(input);
-  return train(input, weight, bias, residual, eps, relu, save_mask, [&](const auto& branch, const auto& out) {
-    branch.update(running_mean, running_var, momentum);
-    return std::tuple(out.output, branch.mean_tensor(), branch.invstd_tensor(), out.mask);
-  });
+  return train(input, weight, bias, residual, eps, relu, save_mask, std::nullopt,
+               [&](const auto& branch, const auto& out) {
+                 branch.update(running_mean, running_var, momentum);
+                 return std::tuple(out.output, branch.mean_tensor(), branch.invstd_tensor(), out.mask);
+               });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_batch_norm_add_relu_train(
     const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias, const Tensor& input2,
-    const MaybeTensor& weight2, const MaybeTensor& bias2, double eps, double eps2, bool relu, bool save_mask) {
+    const MaybeTensor& weight2, const MaybeTensor& bias2, double eps, double eps2, bool relu, bool save_mask,
+    std::optional<bool> channels_last) {
   const auto results = [](const auto& branch, const auto& branch2, const auto& out) {
     return std::tuple(out.output, branch.mean_tensor(), branch.var_tensor(), branch.invstd_tensor(),
                       branch2.mean_tensor(), branch2.var_tensor(), branch2.invstd_tensor(), out.mask);
   };
-  return train_dual(input, weight, bias, input2, weight2, bias2, eps, eps2, relu, save_mask, results);
+  return train_dual(input, weight, bias, input2, weight2, bias2, eps, eps2, relu, save_mask, channels_last, results);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_batch_norm_add_relu_train_with_update(
@@ -186,13 +182,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_batch_norm_add_r
     return std::tuple(out.output, branch.mean_tensor(), branch.invstd_tensor(), branch2.mean_tensor(),
                       branch2.invstd_tensor(), out.mask);
   };
-  return train_dual(input, weight, bias, input2, weight2, bias2, eps, eps2, relu, save_mask, results);
+  return train_dual(input, weight, bias, input2, weight2, bias2, eps, eps2, relu, save_mask, std::nullopt, results);
 }
 
 std::tuple<Tensor, Tensor> batch_norm_add_relu_eval(const Tensor& input, const MaybeTensor& weight,
                                                     const MaybeTensor& bias, const MaybeTensor& residual,
                                                     const Tensor& running_mean, const Tensor& running_var, double eps,
-                                                    bool relu, bool save_mask) {
+                                                    bool relu, bool save_mask, std::optional<bool> channels_last) {
   check_input(input);
   check_per_channel(weight, "weight", input);
   check_per_channel(bias, "bias", input);
@@ -201,8 +197,7 @@ std::tuple<Tensor, Tensor> batch_norm_add_relu_eval(const Tensor& input, const M
   check_per_channel(running_var, "running_var", input);
   check_eval_dtypes(weight, bias, running_mean, running_var);
   return dispatch(input.scalar_type(), [&]<typename T>() {
-    const Tensor x = dense(input, memory_format(input));
-    Branch<T> branch(x, weight, bias, eps, shape_of(x));
+    Branch<T> branch(input, format_of(input, channels_last), weight, bias, eps);
     branch.take_var(running_mean, running_var);
     Output<T> out(branch, residual, nullptr, relu, save_mask);
     run<T>(out.arguments);
@@ -215,7 +210,8 @@ std::tuple<Tensor, Tensor> dual_batch_norm_add_relu_eval(const Tensor& input, co
                                                          const Tensor& running_var, const Tensor& input2,
                                                          const MaybeTensor& weight2, const MaybeTensor& bias2,
                                                          const Tensor& running_mean2, const Tensor& running_var2,
-                                                         double eps, double eps2, bool relu, bool save_mask) {
+                                                         double eps, double eps2, bool relu, bool save_mask,
+                                                         std::optional<bool> channels_last) {
   check_input(input);
   check_per_channel(weight, "weight", input);
   check_per_channel(bias, "bias", input);
@@ -229,10 +225,8 @@ std::tuple<Tensor, Tensor> dual_batch_norm_add_relu_eval(const Tensor& input, co
   check_eval_dtypes(weight, bias, running_mean, running_var);
   check_eval_dtypes(weight2, bias2, running_mean2, running_var2);
   return dispatch(input.scalar_type(), [&]<typename T>() {
-    const MemoryFormat format = memory_format(input);
-    const Tensor x = dense(input, format);
-    Branch<T> branch(x, weight, bias, eps, shape_of(x));
-    Branch<T> branch2(dense(input2, format), weight2, bias2, eps2, branch.shape);
+    Branch<T> branch(input, format_of(input, channels_last), weight, bias, eps);
+    Branch<T> branch2(input2, branch.format, weight2, bias2, eps2);
     branch.add_bias_of(branch2);
     branch.take_var(running_mean, running_var);
     branch2.take_var(running_mean2, running_var2);
@@ -245,7 +239,7 @@ std::tuple<Tensor, Tensor> dual_batch_norm_add_relu_eval(const Tensor& input, co
 std::tuple<Tensor, Tensor> batch_norm_add_relu_apply(const Tensor& input, const MaybeTensor& weight,
                                                      const MaybeTensor& bias, const MaybeTensor& residual,
                                                      const Tensor& mean, const Tensor& invstd, bool relu,
-                                                     bool save_mask) {
+                                                     bool save_mask, std::optional<bool> channels_last) {
   check_input(input);
   check_per_channel(weight, "weight", input);
   check_per_channel(bias, "bias", input);
@@ -253,8 +247,7 @@ std::tuple<Tensor, Tensor> batch_norm_add_relu_apply(const Tensor& input, const 
   check_per_channel(mean, "mean", input);
   check_per_channel(invstd, "invstd", input);
   return dispatch(input.scalar_type(), [&]<typename T>() {
-    const Tensor x = dense(input, memory_format(input));
-    Branch<T> branch(x, weight, bias, 0, shape_of(x));
+    Branch<T> branch(input, format_of(input, channels_last), weight, bias, 0);
     branch.take_invstd(mean, invstd);
     Output<T> out(branch, residual, nullptr, relu, save_mask);
     run<T>(out.arguments);
@@ -265,8 +258,7 @@ std::tuple<Tensor, Tensor> batch_norm_add_relu_apply(const Tensor& input, const 
 std::tuple<Tensor, Tensor> batch_norm_statistics(const Tensor& input) {
   check_input(input);
   return dispatch(input.scalar_type(), [&]<typename T>() {
-    const Tensor x = dense(input, memory_format(input));
-    Branch<T> branch(x, std::nullopt, std::nullopt, 0, shape_of(x));
+    Branch<T> branch(input, memory_format(input), std::nullopt, std::nullopt, 0);
     all_statistics(branch);
     return std::tuple(branch.mean_tensor(), branch.var_tensor());
   });

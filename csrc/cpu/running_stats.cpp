@@ -30,7 +30,7 @@ void update(const MaybeTensor& running, const From& batch, int64_t channels, dou
 
 void check_running(const MaybeTensor& running, const char* name, int64_t channels) {
   if (!running) return;
-  check_dtype(*running, name);
+  check_tensor(*running, name);
   STD_TORCH_CHECK(running->dim() == 1 && running->size(0) == channels, name, " must have shape [", channels,
                   "], one value a channel of input, got ", shape_text(*running));
   STD_TORCH_CHECK(running->is_cpu(), name, " must be on the device of input");
@@ -56,8 +56,8 @@ void update_running_stats(const MaybeTensor& running_mean, const MaybeTensor& ru
                           const Tensor& var, double momentum, int64_t count) {
   STD_TORCH_CHECK(mean.dim() == 1 && var.dim() == 1 && mean.size(0) == var.size(0),
                   "mean and var must be (C,) vectors, got ", shape_text(mean), " and ", shape_text(var));
-  check_dtype(mean, "mean");
-  check_dtype(var, "var");
+  check_tensor(mean, "mean");
+  check_tensor(var, "var");
   const int64_t channels = mean.size(0);
   check_running(running_mean, "running_mean", channels);
   check_running(running_var, "running_var", channels);

@@ -37,7 +37,7 @@ Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dims,
 }
 
 Tensor empty_like(const Tensor& input, MemoryFormat format) {
-  int64_t strides[64];
+  int64_t strides[kMaxDims];
   dense_strides(input, format, strides);
   Tensor r = empty_strided(input.sizes().data(), strides, input.dim(), input.scalar_type());
   const size_t size = dispatch(input.scalar_type(), []<typename T>() { return sizeof(T); });

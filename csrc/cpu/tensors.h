@@ -15,10 +15,10 @@
 namespace resnet_fused::cpu {
 
 // Sees an input of any number of positions' dimensions as rows or planes.
-inline Shape shape_of(const Tensor& input) {
+inline Shape shape_of(const Tensor& input, MemoryFormat format) {
   int64_t positions = 1;
   for (int64_t d = 2; d < input.dim(); ++d) positions *= input.size(d);
-  const bool rows = positions == 1 || memory_format(input) != MemoryFormat::Contiguous;
+  const bool rows = positions == 1 || format != MemoryFormat::Contiguous;
   return {input.size(0), input.size(1), positions, rows};
 }
 

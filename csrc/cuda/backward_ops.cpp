@@ -16,16 +16,17 @@ namespace {
 // The tensors of one call and its results.
 struct Gradients {
   Gradients(const char* name, const Tensor& grad_output, const Tensor& input, const MaybeTensor& weight,
-            const MaybeTensor& bias, const MaybeTensor& mask, bool relu, const MaybeTensor& input2 = std::nullopt,
-            const MaybeTensor& weight2 = std::nullopt, const MaybeTensor& grad_output2 = std::nullopt)
+            const MaybeTensor& bias, const MaybeTensor& mask, bool relu, std::optional<bool> channels_last,
+            const MaybeTensor& input2 = std::nullopt, const MaybeTensor& weight2 = std::nullopt,
+            const MaybeTensor& grad_output2 = std::nullopt)
       : call(name, input),
-        format(memory_format(input)),
+        format(format_of(input, channels_last)),
         x(dense(input, format)),
         x2(input2 ? MaybeTensor(dense(*input2, format)) : std::nullopt),
         grad(dense(grad_output, format)),
         grad2(grad_output2 ? MaybeTensor(dense(*grad_output2, format)) : std::nullopt),
         dtype(dtype_of(x)) {
-    g.shape = shape_of(x);
+    g.shape = shape_of(x, format);
     g.first = branch_of(x, weight, bias);
     if (x2) g.second = branch_of(*x2, weight2, std::nullopt);
     g.two = x2.has_value();
@@ -33,10 +34,9 @@ struct Gradients {
     if (grad2) g.grad_output2 = data_of(*grad2);
     g.keep = KeepFrom::kAll;
     if (relu && mask) {
-      check_mask(*mask, g.shape.runs(), g.shape.mask_bytes());
-      check_device(*mask, "mask", input);
+      dense_mask = checked_mask(*mask, g.shape.runs(), g.shape.mask_bytes(), input);
       g.keep = KeepFrom::kMask;
-      g.mask = static_cast<const uint8_t*>(data_of(*mask));
+      g.mask = static_cast<const uint8_t*>(data_of(*dense_mask));
     } else if (relu) {
       STD_TORCH_CHECK(!x2, "mask is needed for the ReLU's gradient");
       g.keep = KeepFrom::kInput;
@@ -91,7 +91,7 @@ struct Gradients {
   Tensor x;
   MaybeTensor x2;
   Tensor grad;
-  MaybeTensor grad2;
+  MaybeTensor grad2, dense_mask;
   Dtype dtype;
   Gradient g{};
   ReduceArguments sums{};
@@ -116,11 +116,11 @@ Four batch_norm_add_relu_train_backward(const Tensor& grad_output, const Tensor&
                                         const MaybeTensor& bias, const Tensor& mean, const Tensor& invstd,
                                         const MaybeTensor& mask, bool relu, bool needs_input_grad,
                                         bool needs_residual_grad, bool needs_weight_grad, bool needs_bias_grad,
-                                        const MaybeTensor& grad_output2) {
+                                        const MaybeTensor& grad_output2, std::optional<bool> channels_last) {
   check_backward(grad_output, input, weight, bias, mean, invstd);
   check_same(grad_output2, "grad_output2", input);
-  Gradients r("batch_norm_add_relu_train_backward", grad_output, input, weight, bias, mask, relu, std::nullopt,
-              std::nullopt, grad_output2);
+  Gradients r("batch_norm_add_relu_train_backward", grad_output, input, weight, bias, mask, relu, channels_last,
+              std::nullopt, std::nullopt, grad_output2);
   take_invstd(r.g.first, mean, invstd);
   const Tensor grad_input = r.wanted(needs_input_grad, r.g.grad_input);
   const Tensor grad_residual = r.wanted(needs_residual_grad, r.g.grad_residual);
@@ -134,11 +134,11 @@ Four batch_norm_add_relu_eval_backward(const Tensor& grad_output, const Tensor& 
                                        const MaybeTensor& bias, const Tensor& running_mean, const Tensor& running_var,
                                        const MaybeTensor& mask, double eps, bool relu, bool needs_input_grad,
                                        bool needs_residual_grad, bool needs_weight_grad, bool needs_bias_grad,
-                                       const MaybeTensor& grad_output2) {
+                                       const MaybeTensor& grad_output2, std::optional<bool> channels_last) {
   check_backward(grad_output, input, weight, bias, running_mean, running_var);
   check_same(grad_output2, "grad_output2", input);
-  Gradients r("batch_norm_add_relu_eval_backward", grad_output, input, weight, bias, mask, relu, std::nullopt,
-              std::nullopt, grad_output2);
+  Gradients r("batch_norm_add_relu_eval_backward", grad_output, input, weight, bias, mask, relu, channels_last,
+              std::nullopt, std::nullopt, grad_output2);
   take_var(r.g.first, running_mean, running_var, eps);
   const Tensor grad_input = r.wanted(needs_input_grad, r.g.grad_input);
   const Tensor grad_residual = r.wanted(needs_residual_grad, r.g.grad_residual);
@@ -156,11 +156,11 @@ Six dual_backward(const char* name, const Tensor& grad_output, const Tensor& inp
                   const Tensor& input2, const MaybeTensor& weight2, const MaybeTensor& mask, bool relu,
                   bool needs_input_grad, bool needs_weight_grad, bool needs_bias_grad, bool needs_input2_grad,
                   bool needs_weight2_grad, bool needs_bias2_grad, const MaybeTensor& grad_output2,
-                  const Statistics& statistics, const Run& run) {
+                  std::optional<bool> channels_last, const Statistics& statistics, const Run& run) {
   check_same(grad_output2, "grad_output2", input);
   check_same(input2, "input2", input);
   check_per_channel(weight2, "weight2", input);
-  Gradients r(name, grad_output, input, weight, std::nullopt, mask, relu, input2, weight2, grad_output2);
+  Gradients r(name, grad_output, input, weight, std::nullopt, mask, relu, channels_last, input2, weight2, grad_output2);
   statistics(r.g.first, r.g.second);
   const Tensor grad_input = r.wanted(needs_input_grad, r.g.grad_input);
   const Tensor grad_weight = r.wanted(needs_weight_grad, weight, r.sums.grad_weight);
@@ -180,14 +180,14 @@ Six dual_batch_norm_add_relu_train_backward(const Tensor& grad_output, const Ten
                                             const MaybeTensor& mask, bool relu, bool needs_input_grad,
                                             bool needs_weight_grad, bool needs_bias_grad, bool needs_input2_grad,
                                             bool needs_weight2_grad, bool needs_bias2_grad,
-                                            const MaybeTensor& grad_output2) {
+                                            const MaybeTensor& grad_output2, std::optional<bool> channels_last) {
   check_backward(grad_output, input, weight, std::nullopt, mean, invstd);
   check_per_channel(mean2, "mean2", input);
   check_per_channel(invstd2, "invstd2", input);
   return dual_backward(
       "dual_batch_norm_add_relu_train_backward", grad_output, input, weight, input2, weight2, mask, relu,
       needs_input_grad, needs_weight_grad, needs_bias_grad, needs_input2_grad, needs_weight2_grad, needs_bias2_grad,
-      grad_output2,
+      grad_output2, channels_last,
       [&](Branch& first, Branch& second) {
         take_invstd(first, mean, invstd);
         take_invstd(second, mean2, invstd2);
@@ -201,14 +201,15 @@ Six dual_batch_norm_add_relu_eval_backward(const Tensor& grad_output, const Tens
                                            const Tensor& running_var2, const MaybeTensor& mask, double eps, double eps2,
                                            bool relu, bool needs_input_grad, bool needs_weight_grad,
                                            bool needs_bias_grad, bool needs_input2_grad, bool needs_weight2_grad,
-                                           bool needs_bias2_grad, const MaybeTensor& grad_output2) {
+                                           bool needs_bias2_grad, const MaybeTensor& grad_output2,
+                                           std::optional<bool> channels_last) {
   check_backward(grad_output, input, weight, std::nullopt, running_mean, running_var);
   check_per_channel(running_mean2, "running_mean2", input);
   check_per_channel(running_var2, "running_var2", input);
   return dual_backward(
       "dual_batch_norm_add_relu_eval_backward", grad_output, input, weight, input2, weight2, mask, relu,
       needs_input_grad, needs_weight_grad, needs_bias_grad, needs_input2_grad, needs_weight2_grad, needs_bias2_grad,
-      grad_output2,
+      grad_output2, channels_last,
       [&](Branch& first, Branch& second) {
         take_var(first, running_mean, running_var, eps);
         take_var(second, running_mean2, running_var2, eps2);
@@ -219,9 +220,10 @@ Six dual_batch_norm_add_relu_eval_backward(const Tensor& grad_output, const Tens
 std::tuple<Tensor, Tensor> batch_norm_add_relu_backward_reduce(const Tensor& grad_output, const Tensor& input,
                                                                const MaybeTensor& weight, const MaybeTensor& bias,
                                                                const Tensor& mean, const Tensor& invstd,
-                                                               const MaybeTensor& mask, bool relu) {
+                                                               const MaybeTensor& mask, bool relu,
+                                                               std::optional<bool> channels_last) {
   check_backward(grad_output, input, weight, bias, mean, invstd);
-  Gradients r("batch_norm_add_relu_backward_reduce", grad_output, input, weight, bias, mask, relu);
+  Gradients r("batch_norm_add_relu_backward_reduce", grad_output, input, weight, bias, mask, relu, channels_last);
   take_invstd(r.g.first, mean, invstd);
   const Tensor sum_grad = statistic(r.x), sum_grad_xmu = statistic(r.x);
   r.sums.gradient = r.g;
@@ -237,11 +239,12 @@ std::tuple<Tensor, Tensor> batch_norm_add_relu_backward_apply(const Tensor& grad
                                                               const Tensor& mean, const Tensor& invstd,
                                                               const MaybeTensor& mask, const Tensor& mean_grad,
                                                               const Tensor& mean_grad_xmu, bool relu,
-                                                              bool needs_input_grad, bool needs_residual_grad) {
+                                                              bool needs_input_grad, bool needs_residual_grad,
+                                                              std::optional<bool> channels_last) {
   check_backward(grad_output, input, weight, bias, mean, invstd);
   check_per_channel(mean_grad, "mean_grad", input);
   check_per_channel(mean_grad_xmu, "mean_grad_xmu", input);
-  Gradients r("batch_norm_add_relu_backward_apply", grad_output, input, weight, bias, mask, relu);
+  Gradients r("batch_norm_add_relu_backward_apply", grad_output, input, weight, bias, mask, relu, channels_last);
   take_invstd(r.g.first, mean, invstd);
   const Tensor grad_input = r.wanted(needs_input_grad, r.g.grad_input);
   const Tensor grad_residual = r.wanted(needs_residual_grad, r.g.grad_residual);

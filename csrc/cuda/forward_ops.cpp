@@ -48,12 +48,12 @@ struct Running {
 
 // The output and its mask, and the pass that makes them.
 struct Output {
-  Output(const Tensor& input, const MaybeTensor& residual, bool two, bool relu, bool save_mask)
-      : format(memory_format(input)),
-        residual(residual ? MaybeTensor(dense(*residual, format)) : std::nullopt),
+  // Of an input in that format.
+  Output(const Tensor& input, MemoryFormat format, const MaybeTensor& residual, bool two, bool relu, bool save_mask)
+      : residual(residual ? MaybeTensor(dense(*residual, format)) : std::nullopt),
         output(empty_like(input, format)),
-        mask(new_mask(input, relu && save_mask && (residual || two), shape_of(input))) {
-    arguments.shape = shape_of(input);
+        mask(new_mask(input, relu && save_mask && (residual || two), shape_of(input, format))) {
+    arguments.shape = shape_of(input, format);
     arguments.residual = this->residual ? data_of(*this->residual) : nullptr;
     arguments.output = mutable_data_of(output);
     arguments.mask = mask.numel() ? static_cast<uint8_t*>(mutable_data_of(mask)) : nullptr;
@@ -61,7 +61,6 @@ struct Output {
     arguments.relu = relu;
   }
 
-  MemoryFormat format;
   MaybeTensor residual;
   Tensor output;
   Tensor mask;
@@ -71,16 +70,17 @@ struct Output {
 // One branch in training; `running` is updated where there is one.
 std::tuple<Output, Trained> train(const char* name, const Tensor& input, const MaybeTensor& weight,
                                   const MaybeTensor& bias, const MaybeTensor& residual, const Running& running,
-                                  double eps, bool relu, bool save_mask) {
+                                  double eps, bool relu, bool save_mask, std::optional<bool> channels_last) {
   check_input(input);
   check_per_channel(weight, "weight", input);
   check_per_channel(bias, "bias", input);
   check_same(residual, "residual", input);
   const Call call(name, input);
-  const Tensor x = dense(input, memory_format(input));
+  const MemoryFormat format = format_of(input, channels_last);
+  const Tensor x = dense(input, format);
   Trained trained(call, x, weight, bias, eps);
   running.give_to(trained.statistics);
-  Output out(x, residual, false, relu, save_mask);
+  Output out(x, format, residual, false, relu, save_mask);
   StatisticsArguments statistics{out.arguments.shape, trained.statistics, {}, 1};
   out.arguments.first = trained.branch;
   cudaError_t error = cudaSuccess;
@@ -108,7 +108,7 @@ std::tuple<Output, Trained, Trained> train_dual(const char* name, const Tensor& 
                                                 const MaybeTensor& bias, const Running& running, const Tensor& input2,
                                                 const MaybeTensor& weight2, const MaybeTensor& bias2,
                                                 const Running& running2, double eps, double eps2, bool relu,
-                                                bool save_mask) {
+                                                bool save_mask, std::optional<bool> channels_last) {
   check_input(input);
   check_per_channel(weight, "weight", input);
   check_per_channel(bias, "bias", input);
@@ -116,12 +116,12 @@ std::tuple<Output, Trained, Trained> train_dual(const char* name, const Tensor& 
   check_per_channel(weight2, "weight2", input);
   check_per_channel(bias2, "bias2", input);
   const Call call(name, input);
-  const MemoryFormat format = memory_format(input);
+  const MemoryFormat format = format_of(input, channels_last);
   const Tensor x = dense(input, format), x2 = dense(input2, format);
   Trained first(call, x, weight, bias, eps), second(call, x2, weight2, bias2, eps2);
   running.give_to(first.statistics);
   running2.give_to(second.statistics);
-  Output out(x, std::nullopt, true, relu, save_mask);
+  Output out(x, format, std::nullopt, true, relu, save_mask);
   StatisticsArguments statistics{out.arguments.shape, first.statistics, second.statistics, 2};
   const bool shared = share_memory(statistics.first, statistics.second);
   if (shared) statistics.second.running_mean = statistics.second.running_var = {};
@@ -155,13 +155,11 @@ void check_update(const Tensor& input, const MaybeTensor& weight, const MaybeTen
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_add_relu_train(const Tensor& input,
-                                                                             const MaybeTensor& weight,
-                                                                             const MaybeTensor& bias,
-                                                                             const MaybeTensor& residual, double eps,
-                                                                             bool relu, bool save_mask) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_add_relu_train(
+    const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& residual, double eps,
+    bool relu, bool save_mask, std::optional<bool> channels_last) {
   const auto [out, branch] =
-      train("batch_norm_add_relu_train", input, weight, bias, residual, {}, eps, relu, save_mask);
+      train("batch_norm_add_relu_train", input, weight, bias, residual, {}, eps, relu, save_mask, channels_last);
   return {out.output, branch.mean, branch.var, branch.invstd, out.mask};
 }
 
@@ -173,15 +171,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_add_relu_train_with_update
   check_update(input, weight, bias, running_mean, running_var, "running_mean", "running_var");
   check_count(input);
   const auto [out, branch] = train("batch_norm_add_relu_train_with_update", input, weight, bias, residual,
-                                   {running_mean, running_var, momentum}, eps, relu, save_mask);
+                                   {running_mean, running_var, momentum}, eps, relu, save_mask, std::nullopt);
   return {out.output, branch.mean, branch.invstd, out.mask};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_batch_norm_add_relu_train(
     const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias, const Tensor& input2,
-    const MaybeTensor& weight2, const MaybeTensor& bias2, double eps, double eps2, bool relu, bool save_mask) {
+    const MaybeTensor& weight2, const MaybeTensor& bias2, double eps, double eps2, bool relu, bool save_mask,
+    std::optional<bool> channels_last) {
   const auto [out, first, second] = train_dual("dual_batch_norm_add_relu_train", input, weight, bias, {}, input2,
-                                               weight2, bias2, {}, eps, eps2, relu, save_mask);
+                                               weight2, bias2, {}, eps, eps2, relu, save_mask, channels_last);
   return {out.output, first.mean, first.var, first.invstd, second.mean, second.var, second.invstd, out.mask};
 }
 
@@ -194,16 +193,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_batch_norm_add_r
   check_update(input, weight, bias, running_mean, running_var, "running_mean", "running_var");
   check_update(input, weight2, bias2, running_mean2, running_var2, "running_mean2", "running_var2");
   check_count(input);
-  const auto [out, first, second] = train_dual("dual_batch_norm_add_relu_train_with_update", input, weight, bias,
-                                               {running_mean, running_var, momentum}, input2, weight2, bias2,
-                                               {running_mean2, running_var2, momentum2}, eps, eps2, relu, save_mask);
+  const auto [out, first, second] = train_dual(
+      "dual_batch_norm_add_relu_train_with_update", input, weight, bias, {running_mean, running_var, momentum}, input2,
+      weight2, bias2, {running_mean2, running_var2, momentum2}, eps, eps2, relu, save_mask, std::nullopt);
   return {out.output, first.mean, first.invstd, second.mean, second.invstd, out.mask};
 }
 
 std::tuple<Tensor, Tensor> batch_norm_add_relu_eval(const Tensor& input, const MaybeTensor& weight,
                                                     const MaybeTensor& bias, const MaybeTensor& residual,
                                                     const Tensor& running_mean, const Tensor& running_var, double eps,
-                                                    bool relu, bool save_mask) {
+                                                    bool relu, bool save_mask, std::optional<bool> channels_last) {
   check_input(input);
   check_per_channel(weight, "weight", input);
   check_per_channel(bias, "bias", input);
@@ -212,8 +211,9 @@ std::tuple<Tensor, Tensor> batch_norm_add_relu_eval(const Tensor& input, const M
   check_per_channel(running_var, "running_var", input);
   check_eval_dtypes(weight, bias, running_mean, running_var);
   const Call call("batch_norm_add_relu_eval", input);
-  const Tensor x = dense(input, memory_format(input));
-  Output out(x, residual, false, relu, save_mask);
+  const MemoryFormat format = format_of(input, channels_last);
+  const Tensor x = dense(input, format);
+  Output out(x, format, residual, false, relu, save_mask);
   out.arguments.first = branch_of(x, weight, bias);
   take_var(out.arguments.first, running_mean, running_var, eps);
   call.check(launch_forward(dtype_of(x), out.arguments, call.launch()));
@@ -225,7 +225,8 @@ std::tuple<Tensor, Tensor> dual_batch_norm_add_relu_eval(const Tensor& input, co
                                                          const Tensor& running_var, const Tensor& input2,
                                                          const MaybeTensor& weight2, const MaybeTensor& bias2,
                                                          const Tensor& running_mean2, const Tensor& running_var2,
-                                                         double eps, double eps2, bool relu, bool save_mask) {
+                                                         double eps, double eps2, bool relu, bool save_mask,
+                                                         std::optional<bool> channels_last) {
   check_input(input);
   check_per_channel(weight, "weight", input);
   check_per_channel(bias, "bias", input);
@@ -239,9 +240,9 @@ std::tuple<Tensor, Tensor> dual_batch_norm_add_relu_eval(const Tensor& input, co
   check_eval_dtypes(weight, bias, running_mean, running_var);
   check_eval_dtypes(weight2, bias2, running_mean2, running_var2);
   const Call call("dual_batch_norm_add_relu_eval", input);
-  const MemoryFormat format = memory_format(input);
+  const MemoryFormat format = format_of(input, channels_last);
   const Tensor x = dense(input, format), x2 = dense(input2, format);
-  Output out(x, std::nullopt, true, relu, save_mask);
+  Output out(x, format, std::nullopt, true, relu, save_mask);
   out.arguments.first = branch_of(x, weight, bias);
   out.arguments.second = branch_of(x2, weight2, bias2);
   take_var(out.arguments.first, running_mean, running_var, eps);
@@ -253,7 +254,7 @@ std::tuple<Tensor, Tensor> dual_batch_norm_add_relu_eval(const Tensor& input, co
 std::tuple<Tensor, Tensor> batch_norm_add_relu_apply(const Tensor& input, const MaybeTensor& weight,
                                                      const MaybeTensor& bias, const MaybeTensor& residual,
                                                      const Tensor& mean, const Tensor& invstd, bool relu,
-                                                     bool save_mask) {
+                                                     bool save_mask, std::optional<bool> channels_last) {
   check_input(input);
   check_per_channel(weight, "weight", input);
   check_per_channel(bias, "bias", input);
@@ -261,8 +262,9 @@ std::tuple<Tensor, Tensor> batch_norm_add_relu_apply(const Tensor& input, const 
   check_per_channel(mean, "mean", input);
   check_per_channel(invstd, "invstd", input);
   const Call call("batch_norm_add_relu_apply", input);
-  const Tensor x = dense(input, memory_format(input));
-  Output out(x, residual, false, relu, save_mask);
+  const MemoryFormat format = format_of(input, channels_last);
+  const Tensor x = dense(input, format);
+  Output out(x, format, residual, false, relu, save_mask);
   out.arguments.first = branch_of(x, weight, bias);
   take_invstd(out.arguments.first, mean, invstd);
   call.check(launch_forward(dtype_of(x), out.arguments, call.launch()));
@@ -272,9 +274,10 @@ std::tuple<Tensor, Tensor> batch_norm_add_relu_apply(const Tensor& input, const 
 std::tuple<Tensor, Tensor> batch_norm_statistics(const Tensor& input) {
   check_input(input);
   const Call call("batch_norm_statistics", input);
-  const Tensor x = dense(input, memory_format(input));
+  const MemoryFormat format = memory_format(input);
+  const Tensor x = dense(input, format);
   const Tensor mean = statistic(x), var = statistic(x);
-  StatisticsArguments arguments{shape_of(x), {}, {}, 1};
+  StatisticsArguments arguments{shape_of(x, format), {}, {}, 1};
   arguments.first.input = data_of(x);
   arguments.first.mean = mutable_data_of(mean);
   arguments.first.var = mutable_data_of(var);

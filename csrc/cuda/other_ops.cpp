@@ -7,11 +7,12 @@
 
 namespace resnet_fused::cuda {
 
-std::tuple<Tensor, Tensor> add_relu(const Tensor& input, const Tensor& residual, bool save_mask) {
-  check_dtype(input, "input");
+std::tuple<Tensor, Tensor> add_relu(const Tensor& input, const Tensor& residual, bool save_mask,
+                                    std::optional<bool> channels_last) {
+  check_tensor(input, "input");
   check_same(residual, "residual", input);
   const Call call("add_relu", input);
-  const MemoryFormat format = memory_format(input);
+  const MemoryFormat format = format_of(input, channels_last);
   const Tensor x = dense(input, format), r = dense(residual, format);
   const int64_t numel = x.numel();
   const Tensor output = empty_like(x, format);
@@ -21,15 +22,14 @@ std::tuple<Tensor, Tensor> add_relu(const Tensor& input, const Tensor& residual,
   return {output, mask};
 }
 
-Tensor add_relu_backward(const Tensor& grad_output, const Tensor& mask) {
-  check_dtype(grad_output, "grad_output");
-  check_mask(mask, 1, (grad_output.numel() + 7) / 8);
-  check_device(mask, "mask", grad_output);
+Tensor add_relu_backward(const Tensor& grad_output, const Tensor& mask, std::optional<bool> channels_last) {
+  check_tensor(grad_output, "grad_output");
+  const Tensor dense_mask = checked_mask(mask, 1, (grad_output.numel() + 7) / 8, grad_output);
   const Call call("add_relu_backward", grad_output);
-  const MemoryFormat format = memory_format(grad_output);
+  const MemoryFormat format = format_of(grad_output, channels_last);
   const Tensor g = dense(grad_output, format);
   const Tensor grad_input = empty_like(g, format);
-  call.check(launch_add_relu_backward(dtype_of(g), data_of(g), static_cast<const uint8_t*>(data_of(mask)),
+  call.check(launch_add_relu_backward(dtype_of(g), data_of(g), static_cast<const uint8_t*>(data_of(dense_mask)),
                                       mutable_data_of(grad_input), g.numel(), call.launch()));
   return grad_input;
 }
@@ -39,7 +39,7 @@ namespace {
 void check_running(const MaybeTensor& running, const char* name, const Tensor& mean) {
   if (!running) return;
   const int64_t channels = mean.size(0);
-  check_dtype(*running, name);
+  check_tensor(*running, name);
   STD_TORCH_CHECK(running->dim() == 1 && running->size(0) == channels, name, " must have shape [", channels,
                   "], one value a channel of input, got ", shape_text(*running));
   check_device(*running, name, mean);
@@ -49,8 +49,8 @@ void update_running_stats(const MaybeTensor& running_mean, const MaybeTensor& ru
                           const Tensor& var, double momentum, int64_t count) {
   STD_TORCH_CHECK(mean.dim() == 1 && var.dim() == 1 && mean.size(0) == var.size(0),
                   "mean and var must be (C,) vectors, got ", shape_text(mean), " and ", shape_text(var));
-  check_dtype(mean, "mean");
-  check_dtype(var, "var");
+  check_tensor(mean, "mean");
+  check_tensor(var, "var");
   check_device(var, "var", mean);
   check_running(running_mean, "running_mean", mean);
   check_running(running_var, "running_var", mean);

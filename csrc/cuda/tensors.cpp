@@ -37,10 +37,10 @@ Dtype dtype_of(const Tensor& tensor) {
   }
 }
 
-Shape shape_of(const Tensor& input) {
+Shape shape_of(const Tensor& input, MemoryFormat format) {
   int64_t positions = 1;
   for (int64_t d = 2; d < input.dim(); ++d) positions *= input.size(d);
-  const bool rows = positions == 1 || memory_format(input) != MemoryFormat::Contiguous;
+  const bool rows = positions == 1 || format != MemoryFormat::Contiguous;
   // A thread counts the channels of planes in 32 bits.
   STD_TORCH_CHECK(rows || input.size(1) <= (int64_t{1} << 30), "input must have at most 2^30 channels, got shape ",
                   shape_text(input));
@@ -54,7 +54,7 @@ Tensor empty(const Tensor& on, std::initializer_list<int64_t> sizes, ScalarType 
 }
 
 Tensor empty_like(const Tensor& input, MemoryFormat format) {
-  int64_t strides[64];
+  int64_t strides[kMaxDims];
   dense_strides(input, format, strides);
   return empty_strided(input, input.sizes().data(), strides, input.dim(), input.scalar_type());
 }

@@ -23,7 +23,7 @@ namespace resnet_fused::cuda {
 Dtype dtype_of(const Tensor& tensor);
 
 // Sees an input of any number of positions' dimensions as rows or planes.
-Shape shape_of(const Tensor& input);
+Shape shape_of(const Tensor& input, MemoryFormat format);
 
 // The tensor itself where it has no gaps in that format, else a copy.
 inline Tensor dense(const Tensor& tensor, MemoryFormat format) {

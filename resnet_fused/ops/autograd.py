@@ -34,6 +34,9 @@ class _Formula:
     ``save`` also notes how the output is made again, where it is to be: eager calls alone ask for that.
 
     ``backward`` gives the gradients of the leading arguments; those after them have none.
+
+    The last argument of an operator is ``channels_last``. A graph gives it, and its backward works in the same format.
+    In eager it is None, and the input is brought back into the strides that it had.
     """
 
     def __init__(self, name: str, save: Callable, backward: Callable):
@@ -48,7 +51,8 @@ class _Formula:
         self.save(ctx, inputs, output)
 
     def save(self, ctx, inputs, output, recomputed: bool = False) -> None:
-        ctx.strides = inputs[0].stride()
+        ctx.channels_last = inputs[-1]
+        ctx.strides = inputs[0].stride() if ctx.channels_last is None else None
         self._save(ctx, inputs, output, recomputed)
 
     def backward(self, ctx, grad_output, *_):
@@ -66,7 +70,7 @@ class _Formula:
             with below_autograd():
                 output = self.op(*inputs)
             handover.begin(ctx, output[0])
-            self.save(ctx, inputs, output, recomputation.is_on())
+            self.save(ctx, (*inputs, None), output, recomputation.is_on())
             return output[0]
 
         return self._function(forward, self.backward)
@@ -105,6 +109,11 @@ def _backward_op(name: str, *arguments):
         return op(*arguments)
 
 
+def _restored(ctx, saved: Tensor) -> Tensor:
+    """A saved tensor in the strides that it had, where the operator goes by them."""
+    return saved if ctx.strides is None else layout.restored(saved, ctx.strides)
+
+
 def _sum(grad_output: Tensor, grad_output2: Tensor | None) -> Tensor:
     """Of an operator whose backward takes one gradient."""
     return grad_output if grad_output2 is None else grad_output + grad_output2
@@ -141,9 +150,10 @@ def _copied(vector: Tensor | None) -> Tensor | None:
 
 
 def _save_train(ctx, inputs, output, recomputed):
-    input, weight, bias, residual, eps, relu, _ = inputs
+    input, weight, bias, residual, eps, relu, _, channels_last = inputs
     result, mean, _, invstd, mask = output
-    ctx.settings = relu, eps, input.stride(), 1 + (weight is not None) + (bias is not None)
+    strides = input.stride() if channels_last is None else None
+    ctx.settings = relu, eps, strides, channels_last, 1 + (weight is not None) + (bias is not None)
     masked = relu and residual is not None
     if recomputed or not masked:
         bias = _copied(bias)
@@ -158,8 +168,8 @@ def _save_train(ctx, inputs, output, recomputed):
 def _backward_train(ctx, grad_output, grad_output2):
     input, weight, bias, mean, invstd, mask = ctx.saved_tensors
     needs_input, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
-    relu, eps, strides, residual_edge = ctx.settings
-    if input.stride() != strides:
+    relu, eps, strides, channels_last, residual_edge = ctx.settings
+    if strides is not None and input.stride() != strides:
         input = layout.restored(input, strides)
     if mask is not None:
         bias = weight  # only its dtype counts
@@ -169,11 +179,11 @@ def _backward_train(ctx, grad_output, grad_output2):
     if torch.is_grad_enabled():
         mean, invstd = _batch_statistics(input, eps, mean, invstd)
         run = reference.batch_norm_add_relu_train_backward
-        gradients = run(grad_output, input, weight, bias, mean, invstd, mask, relu, *needs, grad_output2)
+        gradients = run(grad_output, input, weight, bias, mean, invstd, mask, relu, *needs, grad_output2, channels_last)
     else:
         with below_autograd():
             gradients = _TRAIN_BACKWARD(
-                grad_output, input, weight, bias, mean, invstd, mask, relu, *needs, grad_output2
+                grad_output, input, weight, bias, mean, invstd, mask, relu, *needs, grad_output2, channels_last
             )
     grad_input, grad_residual, grad_weight, grad_bias = gradients
     if needs_residual:
@@ -192,7 +202,7 @@ def _backward_train(ctx, grad_output, grad_output2):
 
 
 def _save_eval(ctx, inputs, output, recomputed):
-    input, weight, bias, residual, running_mean, running_var, eps, relu, _ = inputs
+    input, weight, bias, residual, running_mean, running_var, eps, relu, *_ = inputs
     ctx.masked = relu and residual is not None
     ctx.relu, ctx.eps = relu, eps
     ctx.residual_edge = 1 + (weight is not None) + (bias is not None)
@@ -211,7 +221,7 @@ def _backward_eval(ctx, grad_output, grad_output2):
     grad_input, grad_residual, grad_weight, grad_bias = _backward_op(
         "batch_norm_add_relu_eval_backward",
         grad_output,
-        layout.restored(input, ctx.strides),
+        _restored(ctx, input),
         weight,
         bias if mask is None else weight,  # with a mask only its dtype counts
         running_mean,
@@ -224,6 +234,7 @@ def _backward_eval(ctx, grad_output, grad_output2):
         needs_weight,
         needs_bias,
         grad_output2,
+        ctx.channels_last,
     )
     grad_residual = _residual_gradient(writes_residual, needs_residual, grad_output, grad_residual)
     if needs_residual and needs_weight and handover.give(ctx, ctx.residual_edge, 1, grad_residual):
@@ -240,7 +251,7 @@ def _backward_eval(ctx, grad_output, grad_output2):
 
 
 def _save_apply(ctx, inputs, output, recomputed):
-    input, weight, bias, residual, mean, invstd, relu, _ = inputs
+    input, weight, bias, residual, mean, invstd, relu, *_ = inputs
     ctx.masked = relu and residual is not None
     ctx.relu = relu
     ctx.save_for_backward(input, weight, bias, mean, invstd, output[1] if ctx.masked else None)
@@ -252,7 +263,7 @@ def _backward_apply(ctx, grad_output, grad_output2):
     """
     input, weight, bias, mean, invstd, mask = ctx.saved_tensors
     needs_input, needs_weight, needs_bias, needs_residual, needs_mean, needs_invstd = ctx.needs_input_grad[:6]
-    input = layout.restored(input, ctx.strides)
+    input = _restored(ctx, input)
     grad_output = _sum(grad_output, grad_output2)
     with torch.set_grad_enabled(torch.is_grad_enabled()):
         zeros = torch.zeros_like(invstd)
@@ -265,8 +276,11 @@ def _backward_apply(ctx, grad_output, grad_output2):
             ctx.relu,
             needs_input,
             needs_residual and ctx.relu,
+            ctx.channels_last,
         )
-        sum_grad, sum_grad_xmu = _backward_op("batch_norm_add_relu_backward_reduce", *common, ctx.relu)
+        sum_grad, sum_grad_xmu = _backward_op(
+            "batch_norm_add_relu_backward_reduce", *common, ctx.relu, ctx.channels_last
+        )
         scale = 1.0 if weight is None else weight
         return (
             grad_input if needs_input else None,
@@ -282,7 +296,7 @@ def _backward_apply(ctx, grad_output, grad_output2):
 
 
 def _save_dual_train(ctx, inputs, output, recomputed):
-    input, weight, bias, input2, weight2, bias2, eps, eps2, relu, _ = inputs
+    input, weight, bias, input2, weight2, bias2, eps, eps2, relu, *_ = inputs
     result, mean, _, invstd, mean2, _, invstd2, mask = output
     ctx.relu, ctx.eps, ctx.eps2 = relu, eps, eps2
     ctx.save_for_backward(input, weight, mean, invstd, input2, weight2, mean2, invstd2, mask if relu else None)
@@ -297,7 +311,7 @@ def _save_dual_train(ctx, inputs, output, recomputed):
 def _backward_dual_train(ctx, grad_output, grad_output2):
     input, weight, mean, invstd, input2, weight2, mean2, invstd2, mask = ctx.saved_tensors
     needs = ctx.needs_input_grad[:6]
-    input, input2 = (layout.restored(saved, ctx.strides) for saved in (input, input2))
+    input, input2 = (_restored(ctx, saved) for saved in (input, input2))
     mean, invstd = _batch_statistics(input, ctx.eps, mean, invstd)
     mean2, invstd2 = _batch_statistics(input2, ctx.eps2, mean2, invstd2)
     gradients = _backward_op(
@@ -315,12 +329,13 @@ def _backward_dual_train(ctx, grad_output, grad_output2):
         ctx.relu,
         *needs,
         grad_output2,
+        ctx.channels_last,
     )
     return tuple(g if needed else None for g, needed in zip(gradients, needs, strict=True))
 
 
 def _save_dual_eval(ctx, inputs, output, recomputed):
-    input, weight, bias, mean, var, input2, weight2, bias2, mean2, var2, eps, eps2, relu, _ = inputs
+    input, weight, bias, mean, var, input2, weight2, bias2, mean2, var2, eps, eps2, relu, *_ = inputs
     ctx.relu, ctx.eps, ctx.eps2 = relu, eps, eps2
     mean, var, mean2, var2 = map(_copied, (mean, var, mean2, var2))
     ctx.save_for_backward(input, weight, mean, var, input2, weight2, mean2, var2, output[1] if relu else None)
@@ -333,7 +348,7 @@ def _backward_dual_eval(ctx, grad_output, grad_output2):
     input, weight, mean, var, input2, weight2, mean2, var2, mask = ctx.saved_tensors
     flags = ctx.needs_input_grad
     needs = (*flags[0:3], *flags[5:8])
-    input, input2 = (layout.restored(saved, ctx.strides) for saved in (input, input2))
+    input, input2 = (_restored(ctx, saved) for saved in (input, input2))
     gradients = _backward_op(
         "dual_batch_norm_add_relu_eval_backward",
         grad_output,
@@ -351,6 +366,7 @@ def _backward_dual_eval(ctx, grad_output, grad_output2):
         ctx.relu,
         *needs,
         grad_output2,
+        ctx.channels_last,
     )
     gradients = [g if needed else None for g, needed in zip(gradients, needs, strict=True)]
     return *gradients[:3], None, None, *gradients[3:]
@@ -367,12 +383,14 @@ def _backward_add_relu(ctx, grad_output, grad_output2):
     (mask,) = ctx.saved_tensors
     grad_output = _sum(grad_output, grad_output2)
     if is_legacy_batchedtensor(grad_output):  # a batch of gradients, whose layout nobody may ask for
-        like = torch.empty_strided(grad_output.shape, ctx.strides, dtype=grad_output.dtype, device="meta")
-        keep = layout.unflat(layout.unpack(mask, grad_output.numel()), like)
+        like = torch.empty(grad_output.shape, device="meta")
+        if ctx.strides is not None:
+            like = torch.empty_strided(grad_output.shape, ctx.strides, device="meta")
+        keep = layout.unflat(layout.unpack(mask, grad_output.numel()), like, ctx.channels_last)
         grad = torch.where(keep, grad_output, torch.zeros_like(grad_output))
     else:
-        grad = _backward_op("add_relu_backward", layout.restored(grad_output, ctx.strides), mask)
-    needs_input, needs_residual, _ = ctx.needs_input_grad
+        grad = _backward_op("add_relu_backward", _restored(ctx, grad_output), mask, ctx.channels_last)
+    needs_input, needs_residual, *_ = ctx.needs_input_grad
     return grad if needs_input else None, grad if needs_residual else None
 
 
@@ -407,7 +425,7 @@ def _train_with_update(ctx, input, weight, bias, residual, settings):
     )
     if ctx is not None:
         handover.begin(ctx, output)
-        inputs = (input, weight, bias, residual, eps, relu, save_mask)
+        inputs = (input, weight, bias, residual, eps, relu, save_mask, None)
         _save_train(ctx, inputs, (output, mean, None, invstd, mask), recomputation.is_on())
     return output
 
@@ -434,8 +452,8 @@ def _dual_train_with_update(ctx, input, weight, bias, input2, weight2, bias2, se
     )
     if ctx is not None:
         handover.begin(ctx, output)
-        ctx.strides = input.stride()
-        inputs = (input, weight, bias, input2, weight2, bias2, eps, eps2, relu, save_mask)
+        ctx.strides, ctx.channels_last = input.stride(), None
+        inputs = (input, weight, bias, input2, weight2, bias2, eps, eps2, relu, save_mask, None)
         _save_dual_train(ctx, inputs, (output, mean, None, invstd, mean2, None, invstd2, mask), recomputation.is_on())
     return output
 
@@ -524,17 +542,29 @@ def _backward_through(name: str):
 
 
 class _AutogradLibrary(torch.library.Library):
-    """Sends forward-mode AD and functorch's transforms to the reference: torch.library's kernels would drop tangents
-    without a word, and refuse ``torch.func.grad``.
+    """Stands before torch.library's kernels.
+
+    It sends forward-mode AD and functorch's transforms to the reference: those kernels would drop tangents without a
+    word, and refuse ``torch.func.grad``.
+
+    And it says which memory format an operator works in, where the caller leaves it open. Every graph of torch.compile
+    with a backward is recorded below this, and so its operators have the format that they were traced with.
     """
 
     def impl(self, op_name, fn, dispatch_key="", **options):
-        def kernel(keyset, *args, **kwargs):
+        names = [argument.name for argument in getattr(_LIBRARY, op_name).default._schema.arguments]
+        has_format = names[-1] == "channels_last"
+        like = names.index("input") if "input" in names else 0
+
+        def kernel(keyset, *args):
             if peek_interpreter_stack() is not None or (
-                forward_ad._current_level >= 0 and any(map(_has_tangent, (*args, *kwargs.values())))
+                forward_ad._current_level >= 0 and any(map(_has_tangent, args))
             ):
-                return getattr(reference, op_name)(*args, **kwargs)
-            return fn(keyset, *args, **kwargs)
+                return getattr(reference, op_name)(*args)
+            if has_format and (len(args) < len(names) or args[-1] is None):
+                absent = (None,) * (len(names) - 1 - len(args))
+                args = (*args[: len(names) - 1], *absent, layout.is_channels_last(args[like]))
+            return fn(keyset, *args)
 
         return super().impl(op_name, kernel, dispatch_key, **options)
 

@@ -7,18 +7,25 @@ from torch import Tensor
 from . import layout
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MAX_DIMS = 64  # as in csrc/layout.h
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def input_tensor(input: Tensor, name: str = "input") -> None:
-    """``input`` is (N, C, *) of a dtype that the operators know."""
+def tensor(input: Tensor, name: str) -> None:
+    """``input`` has a dtype and a number of dimensions that the operators know."""
     torch._check(
         input.dtype in DTYPES,
         lambda: f"{name} must be float64, float32, bfloat16 or float16, got {_name(input.dtype)}",
     )
+    torch._check(input.dim() <= MAX_DIMS, lambda: f"{name} must have at most {MAX_DIMS} dimensions, got {input.dim()}")
+
+
+def input_tensor(input: Tensor, name: str = "input") -> None:
+    """``input`` is (N, C, *) of a dtype that the operators know."""
+    tensor(input, name)
     torch._check(
         input.dim() >= 2,
         lambda: f"{name} must have at least 2 dimensions (N, C, ...), got shape {list(input.shape)}",

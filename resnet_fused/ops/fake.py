@@ -6,20 +6,24 @@ from torch import Tensor
 from . import checks, layout
 
 
-def _like(input: Tensor) -> Tensor:
-    return torch.empty_like(input, memory_format=layout.suggest_memory_format(input))
+def _like(input: Tensor, channels_last: bool | None) -> Tensor:
+    return torch.empty_like(input, memory_format=layout.format_of(input, channels_last))
 
 
-def _or_empty(wanted: bool, input: Tensor) -> Tensor:
-    return _like(input) if wanted else input.new_empty(0)
+def _or_empty(wanted: bool, input: Tensor, channels_last: bool | None) -> Tensor:
+    return _like(input, channels_last) if wanted else input.new_empty(0)
 
 
 def _statistic(input: Tensor) -> Tensor:
     return input.new_empty(input.shape[1], dtype=layout.statistics_dtype(input.dtype))
 
 
-def _mask(wanted: bool, input: Tensor) -> Tensor:
-    return input.new_empty(layout.mask_shape(input) if wanted else 0, dtype=torch.uint8)
+def _mask(wanted: bool, input: Tensor, channels_last: bool | None) -> Tensor:
+    return input.new_empty(layout.mask_shape(input, channels_last) if wanted else 0, dtype=torch.uint8)
+
+
+def _output_and_mask(input: Tensor, save_mask: bool, channels_last: bool | None) -> tuple[Tensor, Tensor]:
+    return _like(input, channels_last), _mask(save_mask, input, channels_last)
 
 
 def _affine(wanted: bool, vector: Tensor | None, input: Tensor) -> Tensor:
@@ -34,24 +38,24 @@ def batch_norm_statistics(input):
     return _statistic(input), _statistic(input)
 
 
-def batch_norm_add_relu_apply(input, weight, bias, residual, mean, invstd, relu, save_mask):
+def batch_norm_add_relu_apply(input, weight, bias, residual, mean, invstd, relu, save_mask, channels_last=None):
     checks.batch_norm(input, weight, bias, residual)
     checks.per_channel(mean, "mean", input)
     checks.per_channel(invstd, "invstd", input)
-    return _like(input), _mask(relu and save_mask and residual is not None, input)
+    return _output_and_mask(input, relu and save_mask and residual is not None, channels_last)
 
 
-def _check_backward(grad_output, input, weight, bias, mean, mask, grad_output2=None):
+def _check_backward(grad_output, input, weight, bias, mean, mask, channels_last, grad_output2=None):
     checks.batch_norm(input, weight, bias)
     checks.same_shape(grad_output, "grad_output", input)
     checks.same_shape(grad_output2, "grad_output2", input)
     checks.per_channel(mean, "mean", input)
     if mask is not None:
-        checks.mask(mask, layout.mask_shape(input))
+        checks.mask(mask, layout.mask_shape(input, channels_last))
 
 
-def batch_norm_add_relu_backward_reduce(grad_output, input, weight, bias, mean, invstd, mask, relu):
-    _check_backward(grad_output, input, weight, bias, mean, mask)
+def batch_norm_add_relu_backward_reduce(grad_output, input, weight, bias, mean, invstd, mask, relu, channels_last=None):
+    _check_backward(grad_output, input, weight, bias, mean, mask, channels_last)
     return _statistic(input), _statistic(input)
 
 
@@ -68,15 +72,16 @@ def batch_norm_add_relu_backward_apply(
     relu,
     needs_input_grad,
     needs_residual_grad,
+    channels_last=None,
 ):
-    _check_backward(grad_output, input, weight, bias, mean, mask)
-    return _or_empty(needs_input_grad, input), _or_empty(needs_residual_grad, input)
+    _check_backward(grad_output, input, weight, bias, mean, mask, channels_last)
+    return _or_empty(needs_input_grad, input, channels_last), _or_empty(needs_residual_grad, input, channels_last)
 
 
-def batch_norm_add_relu_train(input, weight, bias, residual, eps, relu, save_mask):
+def batch_norm_add_relu_train(input, weight, bias, residual, eps, relu, save_mask, channels_last=None):
     checks.batch_norm(input, weight, bias, residual)
-    mask = _mask(relu and save_mask and residual is not None, input)
-    return _like(input), _statistic(input), _statistic(input), _statistic(input), mask
+    output, mask = _output_and_mask(input, relu and save_mask and residual is not None, channels_last)
+    return output, _statistic(input), _statistic(input), _statistic(input), mask
 
 
 def batch_norm_add_relu_train_backward(
@@ -93,22 +98,25 @@ def batch_norm_add_relu_train_backward(
     needs_weight_grad,
     needs_bias_grad,
     grad_output2=None,
+    channels_last=None,
 ):
-    _check_backward(grad_output, input, weight, bias, mean, mask, grad_output2)
+    _check_backward(grad_output, input, weight, bias, mean, mask, channels_last, grad_output2)
     return (
-        _or_empty(needs_input_grad, input),
-        _or_empty(needs_residual_grad, input),
+        _or_empty(needs_input_grad, input, channels_last),
+        _or_empty(needs_residual_grad, input, channels_last),
         _affine(needs_weight_grad, weight, input),
         _affine(needs_bias_grad, bias, input),
     )
 
 
-def batch_norm_add_relu_eval(input, weight, bias, residual, running_mean, running_var, eps, relu, save_mask):
+def batch_norm_add_relu_eval(
+    input, weight, bias, residual, running_mean, running_var, eps, relu, save_mask, channels_last=None
+):
     checks.batch_norm(input, weight, bias, residual)
     checks.per_channel(running_mean, "running_mean", input)
     checks.per_channel(running_var, "running_var", input)
     checks.one_dtype(weight, bias, running_mean, running_var)
-    return _like(input), _mask(relu and save_mask and residual is not None, input)
+    return _output_and_mask(input, relu and save_mask and residual is not None, channels_last)
 
 
 def batch_norm_add_relu_eval_backward(
@@ -126,6 +134,7 @@ def batch_norm_add_relu_eval_backward(
     needs_weight_grad,
     needs_bias_grad,
     grad_output2=None,
+    channels_last=None,
 ):
     return batch_norm_add_relu_train_backward(
         grad_output,
@@ -141,6 +150,7 @@ def batch_norm_add_relu_eval_backward(
         needs_weight_grad,
         needs_bias_grad,
         grad_output2,
+        channels_last,
     )
 
 
@@ -151,9 +161,12 @@ def _check_dual(input, weight, bias, input2, weight2, bias2):
     checks.per_channel(bias2, "bias2", input)
 
 
-def dual_batch_norm_add_relu_train(input, weight, bias, input2, weight2, bias2, eps, eps2, relu, save_mask):
+def dual_batch_norm_add_relu_train(
+    input, weight, bias, input2, weight2, bias2, eps, eps2, relu, save_mask, channels_last=None
+):
     _check_dual(input, weight, bias, input2, weight2, bias2)
-    return _like(input), *[_statistic(input) for _ in range(6)], _mask(relu and save_mask, input)
+    output, mask = _output_and_mask(input, relu and save_mask, channels_last)
+    return output, *[_statistic(input) for _ in range(6)], mask
 
 
 def dual_batch_norm_add_relu_train_backward(
@@ -175,14 +188,15 @@ def dual_batch_norm_add_relu_train_backward(
     needs_weight2_grad,
     needs_bias2_grad,
     grad_output2=None,
+    channels_last=None,
 ):
     _check_dual(input, weight, None, input2, weight2, None)
-    _check_backward(grad_output, input, weight, None, mean, mask, grad_output2)
+    _check_backward(grad_output, input, weight, None, mean, mask, channels_last, grad_output2)
     return (
-        _or_empty(needs_input_grad, input),
+        _or_empty(needs_input_grad, input, channels_last),
         _affine(needs_weight_grad, weight, input),
         _affine(needs_bias_grad, weight, input),
-        _or_empty(needs_input2_grad, input),
+        _or_empty(needs_input2_grad, input, channels_last),
         _affine(needs_weight2_grad, weight2, input),
         _affine(needs_bias2_grad, weight2, input),
     )
@@ -203,6 +217,7 @@ def dual_batch_norm_add_relu_eval(
     eps2,
     relu,
     save_mask,
+    channels_last=None,
 ):
     _check_dual(input, weight, bias, input2, weight2, bias2)
     for name, vector in (
@@ -214,7 +229,7 @@ def dual_batch_norm_add_relu_eval(
         checks.per_channel(vector, name, input)
     checks.one_dtype(weight, bias, running_mean, running_var)
     checks.one_dtype(weight2, bias2, running_mean2, running_var2)
-    return _like(input), _mask(relu and save_mask, input)
+    return _output_and_mask(input, relu and save_mask, channels_last)
 
 
 def dual_batch_norm_add_relu_eval_backward(
@@ -231,7 +246,7 @@ def dual_batch_norm_add_relu_eval_backward(
     eps,
     eps2,
     relu,
-    *needs_and_grad_output2,
+    *needs_and_more,
 ):
     return dual_batch_norm_add_relu_train_backward(
         grad_output,
@@ -245,23 +260,21 @@ def dual_batch_norm_add_relu_eval_backward(
         running_var2,
         mask,
         relu,
-        *needs_and_grad_output2,
+        *needs_and_more,
     )
 
 
-def add_relu(input, residual, save_mask):
-    torch._check(
-        input.dtype in checks.DTYPES,
-        lambda: f"input must be float64, float32, bfloat16 or float16, got {input.dtype}",
-    )
+def add_relu(input, residual, save_mask, channels_last=None):
+    checks.tensor(input, "input")
     checks.same_shape(residual, "residual", input)
     mask = input.new_empty((1, (input.numel() + 7) // 8) if save_mask else 0, dtype=torch.uint8)
-    return _like(input), mask
+    return _like(input, channels_last), mask
 
 
-def add_relu_backward(grad_output, mask):
+def add_relu_backward(grad_output, mask, channels_last=None):
+    checks.tensor(grad_output, "grad_output")
     checks.mask(mask, (1, (grad_output.numel() + 7) // 8))
-    return _like(grad_output)
+    return _like(grad_output, channels_last)
 
 
 def update_running_stats(running_mean, running_var, mean, var, momentum, count):

@@ -25,16 +25,33 @@ def _positions(input: Tensor) -> int:
     return positions
 
 
-def channels_innermost(input: Tensor) -> bool:
+def format_of(input: Tensor, channels_last: bool | None = None) -> torch.memory_format:
+    """The format that an operator works in: the one that is asked for, or that of its input (``csrc/layout.h``)."""
+    if channels_last is None:
+        return suggest_memory_format(input)
+    if not channels_last or input.dim() not in (4, 5):
+        return torch.contiguous_format
+    return torch.channels_last if input.dim() == 4 else torch.channels_last_3d
+
+
+def is_channels_last(input: Tensor) -> bool:
+    """What ``channels_last`` has to be for an operator to work in the format that its input has."""
+    return suggest_memory_format(input) != torch.contiguous_format
+
+
+# What follows takes ``channels_last`` as the operators do: None for the format of ``input`` or ``like``.
+
+
+def channels_innermost(input: Tensor, channels_last: bool | None = None) -> bool:
     """Whether a row of ``input`` is a pixel (True) or a plane (False)."""
     if input.dim() == 2:
         return True
-    return bool(_positions(input) == 1) or suggest_memory_format(input) != torch.contiguous_format
+    return bool(_positions(input) == 1) or format_of(input, channels_last) != torch.contiguous_format
 
 
-def dense(input: Tensor, like: Tensor) -> Tensor:
+def dense(input: Tensor, like: Tensor, channels_last: bool | None = None) -> Tensor:
     """``input`` without gaps, in the memory format of ``like``."""
-    return input.contiguous(memory_format=suggest_memory_format(like))
+    return input.contiguous(memory_format=format_of(like, channels_last))
 
 
 def restored(saved: Tensor, strides: tuple[int, ...]) -> Tensor:
@@ -44,26 +61,26 @@ def restored(saved: Tensor, strides: tuple[int, ...]) -> Tensor:
     return dense(saved, torch.empty_strided(saved.shape, strides, dtype=saved.dtype, device="meta"))
 
 
-def rows(input: Tensor) -> Tensor:
+def rows(input: Tensor, channels_last: bool | None = None) -> Tensor:
     """(N, C, *) as (outer, inner) rows in memory order; copies where ``input`` has gaps."""
     batch, channels, positions = *input.shape[:2], _positions(input)
-    if channels_innermost(input):
+    if channels_innermost(input, channels_last):
         return input.movedim(1, -1).reshape(batch * positions, channels)
     return input.reshape(batch * channels, positions)
 
 
-def unrows(flat: Tensor, like: Tensor) -> Tensor:
+def unrows(flat: Tensor, like: Tensor, channels_last: bool | None = None) -> Tensor:
     """(outer, inner) rows back as a tensor of the shape and memory format of ``like``."""
-    if not channels_innermost(like):
+    if not channels_innermost(like, channels_last):
         return flat.reshape(like.shape)
     shape = (like.shape[0], *like.shape[2:], like.shape[1])
-    return dense(flat.reshape(shape).movedim(-1, 1), like)
+    return dense(flat.reshape(shape).movedim(-1, 1), like, channels_last)
 
 
-def mask_shape(input: Tensor) -> tuple[int, int]:
+def mask_shape(input: Tensor, channels_last: bool | None = None) -> tuple[int, int]:
     """Shape of the packed mask for a tensor like ``input``."""
     channels, positions = input.shape[1], _positions(input)
-    if channels_innermost(input):
+    if channels_innermost(input, channels_last):
         return input.shape[0] * positions, (channels + 7) // 8
     return input.shape[0] * channels, (positions + 7) // 8
 
@@ -82,14 +99,14 @@ def unpack(mask: Tensor, inner: int) -> Tensor:
     return ((mask.unsqueeze(-1) & bits) != 0).reshape(mask.shape[0], mask.shape[1] * 8)[:, :inner]
 
 
-def flat(input: Tensor) -> Tensor:
-    """The elements of a tensor without gaps, in memory order, as one row (1, numel)."""
-    channels_last = suggest_memory_format(input) != torch.contiguous_format
-    return (input.movedim(1, -1) if channels_last else input).reshape(1, -1)
+def flat(input: Tensor, channels_last: bool | None = None) -> Tensor:
+    """The elements of a tensor of any shape, in the order of a format, as one row (1, numel)."""
+    innermost = format_of(input, channels_last) != torch.contiguous_format
+    return (input.movedim(1, -1) if innermost else input).reshape(1, -1)
 
 
-def unflat(row: Tensor, like: Tensor) -> Tensor:
+def unflat(row: Tensor, like: Tensor, channels_last: bool | None = None) -> Tensor:
     """The inverse of :func:`flat`."""
-    if suggest_memory_format(like) == torch.contiguous_format:
+    if format_of(like, channels_last) == torch.contiguous_format:
         return row.reshape(like.shape)
     return row.reshape(like.movedim(1, -1).shape).movedim(-1, 1)

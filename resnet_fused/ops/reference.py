@@ -31,21 +31,21 @@ def _normalize(input, weight, bias, mean, invstd):
     return output
 
 
-def _rectify(value, like, relu, save_mask):
+def _rectify(value, like, relu, save_mask, channels_last):
     """Rounds to the dtype of ``like``, applies the ReLU and packs its mask where one is asked for."""
-    output = layout.dense(value.to(like.dtype), like)
+    output = layout.dense(value.to(like.dtype), like, channels_last)
     mask = output.new_empty(0, dtype=torch.uint8)
     if relu:
         output = output.relu()
         if save_mask:
             # Not "> 0": torch's ReLU lets the gradient pass where its result is NaN.
-            mask = layout.pack(~(layout.rows(output.detach()) <= 0))
+            mask = layout.pack(~(layout.rows(output.detach(), channels_last) <= 0))
     return output, mask
 
 
-def _added(grad_output, grad_output2, input):
+def _added(grad_output, grad_output2):
     """The gradient, or the sum of two of them, rounded to their dtype."""
-    return grad_output if grad_output2 is None else layout.dense(grad_output + grad_output2, input)
+    return grad_output if grad_output2 is None else grad_output + grad_output2
 
 
 def _behind_relu(grad_output, input, keep):
@@ -54,13 +54,14 @@ def _behind_relu(grad_output, input, keep):
     return grad if keep is None else torch.where(keep, grad, torch.zeros((), dtype=grad.dtype, device=grad.device))
 
 
-def _keep(mask, input, relu, weight=None, bias=None, mean=None, invstd=None):
+def _keep(mask, input, relu, weight, bias, mean, invstd, channels_last):
     """Where the gradient passes: from the mask if there is one, else from the forward made again."""
     if not relu:
         return None
     if mask is not None:
-        inner = input.shape[1] if layout.channels_innermost(input) else input[0, 0].numel() if input.numel() else 0
-        return layout.unrows(layout.unpack(mask, inner), input)
+        in_rows = layout.channels_innermost(input, channels_last)
+        inner = input.shape[1] if in_rows else input[0, 0].numel() if input.numel() else 0
+        return layout.unrows(layout.unpack(mask, inner), input, channels_last)
     with torch.no_grad():
         return ~(_normalize(input, weight, bias, mean, invstd).to(input.dtype) <= 0)
 
@@ -86,7 +87,7 @@ def _affine_gradients(sum_grad, sum_grad_xmu, weight, bias, invstd, needs_weight
     return _empty(invstd) if grad_weight is None else grad_weight, _empty(invstd) if grad_bias is None else grad_bias
 
 
-def _input_gradient(grad, input, weight, mean, invstd, mean_grad, mean_grad_xmu):
+def _input_gradient(grad, input, weight, mean, invstd, mean_grad, mean_grad_xmu, channels_last):
     dtype = grad.dtype
     xmu = input.to(dtype) - _channel(mean, input, dtype)
     slope = mean_grad_xmu * invstd * invstd
@@ -94,7 +95,7 @@ def _input_gradient(grad, input, weight, mean, invstd, mean_grad, mean_grad_xmu)
     value = (grad - _channel(mean_grad, input, dtype) - xmu * _channel(slope, input, dtype)) * _channel(
         scale, input, dtype
     )
-    return layout.dense(value.to(input.dtype), input)
+    return layout.dense(value.to(input.dtype), input, channels_last)
 
 
 def _invstd(running_var, eps, input):
@@ -110,15 +111,15 @@ def batch_norm_statistics(input):
     return mean, var
 
 
-def batch_norm_add_relu_apply(input, weight, bias, residual, mean, invstd, relu, save_mask):
+def batch_norm_add_relu_apply(input, weight, bias, residual, mean, invstd, relu, save_mask, channels_last=None):
     value = _normalize(input, weight, bias, mean, invstd)
     if residual is not None:
         value = value + residual.to(value.dtype)
-    return _rectify(value, input, relu, save_mask and residual is not None)
+    return _rectify(value, input, relu, save_mask and residual is not None, channels_last)
 
 
-def batch_norm_add_relu_backward_reduce(grad_output, input, weight, bias, mean, invstd, mask, relu):
-    keep = _keep(mask, input, relu, weight, bias, mean, invstd)
+def batch_norm_add_relu_backward_reduce(grad_output, input, weight, bias, mean, invstd, mask, relu, channels_last=None):
+    keep = _keep(mask, input, relu, weight, bias, mean, invstd, channels_last)
     return _sums(_behind_relu(grad_output, input, keep), input, mean)
 
 
@@ -135,20 +136,24 @@ def batch_norm_add_relu_backward_apply(
     relu,
     needs_input_grad,
     needs_residual_grad,
+    channels_last=None,
 ):
-    keep = _keep(mask, input, relu, weight, bias, mean, invstd)
+    keep = _keep(mask, input, relu, weight, bias, mean, invstd, channels_last)
     grad = _behind_relu(grad_output, input, keep)
     grad_input = _empty(input)
     if needs_input_grad:
-        grad_input = _input_gradient(grad, input, weight, mean, invstd, mean_grad, mean_grad_xmu)
-    grad_residual = layout.dense(grad.to(input.dtype), input).clone() if needs_residual_grad else _empty(input)
-    return grad_input, grad_residual
+        grad_input = _input_gradient(grad, input, weight, mean, invstd, mean_grad, mean_grad_xmu, channels_last)
+    if not needs_residual_grad:
+        return grad_input, _empty(input)
+    return grad_input, layout.dense(grad.to(input.dtype), input, channels_last).clone()
 
 
-def batch_norm_add_relu_train(input, weight, bias, residual, eps, relu, save_mask):
+def batch_norm_add_relu_train(input, weight, bias, residual, eps, relu, save_mask, channels_last=None):
     mean, var = batch_norm_statistics(input)
     invstd = (var + eps).rsqrt()
-    output, mask = batch_norm_add_relu_apply(input, weight, bias, residual, mean, invstd, relu, save_mask)
+    output, mask = batch_norm_add_relu_apply(
+        input, weight, bias, residual, mean, invstd, relu, save_mask, channels_last
+    )
     return output, mean, var, invstd, mask
 
 
@@ -166,10 +171,11 @@ def batch_norm_add_relu_train_backward(
     needs_weight_grad,
     needs_bias_grad,
     grad_output2=None,
+    channels_last=None,
 ):
-    grad_output = _added(grad_output, grad_output2, input)
+    grad_output = _added(grad_output, grad_output2)
     sum_grad, sum_grad_xmu = batch_norm_add_relu_backward_reduce(
-        grad_output, input, weight, bias, mean, invstd, mask, relu
+        grad_output, input, weight, bias, mean, invstd, mask, relu, channels_last
     )
     count = max(_count(input), 1)
     grad_input, grad_residual = batch_norm_add_relu_backward_apply(
@@ -185,14 +191,19 @@ def batch_norm_add_relu_train_backward(
         relu,
         needs_input_grad,
         needs_residual_grad,
+        channels_last,
     )
     affine = _affine_gradients(sum_grad, sum_grad_xmu, weight, bias, invstd, needs_weight_grad, needs_bias_grad)
     return grad_input, grad_residual, *affine
 
 
-def batch_norm_add_relu_eval(input, weight, bias, residual, running_mean, running_var, eps, relu, save_mask):
+def batch_norm_add_relu_eval(
+    input, weight, bias, residual, running_mean, running_var, eps, relu, save_mask, channels_last=None
+):
     invstd = _invstd(running_var, eps, input)
-    return batch_norm_add_relu_apply(input, weight, bias, residual, running_mean, invstd, relu, save_mask)
+    return batch_norm_add_relu_apply(
+        input, weight, bias, residual, running_mean, invstd, relu, save_mask, channels_last
+    )
 
 
 def batch_norm_add_relu_eval_backward(
@@ -210,8 +221,9 @@ def batch_norm_add_relu_eval_backward(
     needs_weight_grad,
     needs_bias_grad,
     grad_output2=None,
+    channels_last=None,
 ):
-    grad_output = _added(grad_output, grad_output2, input)
+    grad_output = _added(grad_output, grad_output2)
     invstd = _invstd(running_var, eps, input)
     zeros = torch.zeros_like(invstd)
     grad_input, grad_residual = batch_norm_add_relu_backward_apply(
@@ -227,10 +239,13 @@ def batch_norm_add_relu_eval_backward(
         relu,
         needs_input_grad,
         needs_residual_grad,
+        channels_last,
     )
     sums = (None, None)
     if needs_weight_grad or needs_bias_grad:
-        sums = batch_norm_add_relu_backward_reduce(grad_output, input, weight, bias, running_mean, invstd, mask, relu)
+        sums = batch_norm_add_relu_backward_reduce(
+            grad_output, input, weight, bias, running_mean, invstd, mask, relu, channels_last
+        )
     return (
         grad_input,
         grad_residual,
@@ -238,19 +253,28 @@ def batch_norm_add_relu_eval_backward(
     )
 
 
-def _dual_apply(input, weight, bias, mean, invstd, input2, weight2, bias2, mean2, invstd2, relu, save_mask):
+def _dual_apply(
+    input, weight, bias, mean, invstd, input2, weight2, bias2, mean2, invstd2, relu, save_mask, channels_last
+):
     value = _normalize(input, weight, bias, mean, invstd) + _normalize(input2, weight2, bias2, mean2, invstd2)
-    return _rectify(value, input, relu, save_mask)
+    return _rectify(value, input, relu, save_mask, channels_last)
 
 
-def dual_batch_norm_add_relu_train(input, weight, bias, input2, weight2, bias2, eps, eps2, relu, save_mask):
+def dual_batch_norm_add_relu_train(
+    input, weight, bias, input2, weight2, bias2, eps, eps2, relu, save_mask, channels_last=None
+):
     mean, var = batch_norm_statistics(input)
     mean2, var2 = batch_norm_statistics(input2)
     invstd, invstd2 = (var + eps).rsqrt(), (var2 + eps2).rsqrt()
     output, mask = _dual_apply(
-        input, weight, bias, mean, invstd, input2, weight2, bias2, mean2, invstd2, relu, save_mask
+        input, weight, bias, mean, invstd, input2, weight2, bias2, mean2, invstd2, relu, save_mask, channels_last
     )
     return output, mean, var, invstd, mean2, var2, invstd2, mask
+
+
+def _format_of_both(input: Tensor, channels_last: bool | None) -> bool:
+    """The second branch has the format of the first, as the mask has."""
+    return layout.is_channels_last(input) if channels_last is None else channels_last
 
 
 def dual_batch_norm_add_relu_train_backward(
@@ -272,10 +296,10 @@ def dual_batch_norm_add_relu_train_backward(
     needs_weight2_grad,
     needs_bias2_grad,
     grad_output2=None,
+    channels_last=None,
 ):
-    grad_output = _added(grad_output, grad_output2, input)
-    # The second branch has the layout of the first, as the mask has.
-    input2 = layout.dense(input2, input)
+    grad_output = _added(grad_output, grad_output2)
+    channels_last = _format_of_both(input, channels_last)
     branches = (
         (input, weight, mean, invstd, needs_input_grad, needs_weight_grad, needs_bias_grad),
         (input2, weight2, mean2, invstd2, needs_input2_grad, needs_weight2_grad, needs_bias2_grad),
@@ -284,7 +308,7 @@ def dual_batch_norm_add_relu_train_backward(
     for branch, w, m, i, *needs in branches:
         # The bias has no part but its dtype, which is that of the weight.
         grad_input, _, *affine = batch_norm_add_relu_train_backward(
-            grad_output, branch, w, w, m, i, mask, relu, needs[0], False, *needs[1:]
+            grad_output, branch, w, w, m, i, mask, relu, needs[0], False, *needs[1:], None, channels_last
         )
         gradients += [grad_input, *affine]
     return tuple(gradients)
@@ -305,10 +329,23 @@ def dual_batch_norm_add_relu_eval(
     eps2,
     relu,
     save_mask,
+    channels_last=None,
 ):
     invstd, invstd2 = _invstd(running_var, eps, input), _invstd(running_var2, eps2, input2)
     return _dual_apply(
-        input, weight, bias, running_mean, invstd, input2, weight2, bias2, running_mean2, invstd2, relu, save_mask
+        input,
+        weight,
+        bias,
+        running_mean,
+        invstd,
+        input2,
+        weight2,
+        bias2,
+        running_mean2,
+        invstd2,
+        relu,
+        save_mask,
+        channels_last,
     )
 
 
@@ -333,9 +370,10 @@ def dual_batch_norm_add_relu_eval_backward(
     needs_weight2_grad,
     needs_bias2_grad,
     grad_output2=None,
+    channels_last=None,
 ):
-    grad_output = _added(grad_output, grad_output2, input)
-    input2 = layout.dense(input2, input)
+    grad_output = _added(grad_output, grad_output2)
+    channels_last = _format_of_both(input, channels_last)
     branches = (
         (input, weight, running_mean, running_var, eps, needs_input_grad, needs_weight_grad, needs_bias_grad),
         (input2, weight2, running_mean2, running_var2, eps2, needs_input2_grad, needs_weight2_grad, needs_bias2_grad),
@@ -343,22 +381,23 @@ def dual_batch_norm_add_relu_eval_backward(
     gradients = []
     for branch, w, m, v, e, *needs in branches:
         grad_input, _, *affine = batch_norm_add_relu_eval_backward(
-            grad_output, branch, w, w, m, v, mask, e, relu, needs[0], False, *needs[1:]
+            grad_output, branch, w, w, m, v, mask, e, relu, needs[0], False, *needs[1:], None, channels_last
         )
         gradients += [grad_input, *affine]
     return tuple(gradients)
 
 
-def add_relu(input, residual, save_mask):
-    output = layout.dense((input + residual).relu(), input)
+def add_relu(input, residual, save_mask, channels_last=None):
+    output = layout.dense((input + residual).relu(), input, channels_last)
     mask = output.new_empty(0, dtype=torch.uint8)
     if save_mask:
-        mask = layout.pack(~(layout.flat(output.detach()) <= 0))
+        mask = layout.pack(~(layout.flat(output.detach(), channels_last) <= 0))
     return output, mask
 
 
-def add_relu_backward(grad_output, mask):
-    keep = layout.unflat(layout.unpack(mask, grad_output.numel()), grad_output)
+def add_relu_backward(grad_output, mask, channels_last=None):
+    keep = layout.unflat(layout.unpack(mask, grad_output.numel()), grad_output, channels_last)
+    grad_output = layout.dense(grad_output, grad_output, channels_last)
     return torch.where(keep, grad_output, torch.zeros((), dtype=grad_output.dtype, device=grad_output.device))
 
 

@@ -57,21 +57,21 @@ def _on(input: Tensor):
 # Tensors.
 
 
-def _problem(input: Tensor) -> Problem:
-    """An input without gaps."""
+def _problem(input: Tensor, channels_last: bool | None) -> Problem:
+    """An input without gaps, in that format."""
     batch, channels = input.shape[:2]
     positions = 1
     for size in input.shape[2:]:
         positions *= size
-    if layout.channels_innermost(input):
+    if layout.channels_innermost(input, channels_last):
         return Problem(True, batch * positions, channels, 1, input.dtype.itemsize)
     return Problem(False, batch, channels, positions, input.dtype.itemsize)
 
 
-def _like(input: Tensor) -> Tensor:
-    """A new tensor without gaps. Not by empty_like, which Inductor takes for a tensor to be filled."""
+def _like(input: Tensor, channels_last: bool | None) -> Tensor:
+    """A new tensor without gaps, in that format. Not by empty_like, which Inductor takes for a tensor to be filled."""
     innermost_first = list(range(input.dim()))[::-1]
-    if layout.suggest_memory_format(input) != torch.contiguous_format:
+    if layout.format_of(input, channels_last) != torch.contiguous_format:
         innermost_first.insert(0, innermost_first.pop(-2))
     strides, step = [0] * input.dim(), 1
     for d in innermost_first:
@@ -88,8 +88,8 @@ def _nothing(input: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return input.new_empty(0, dtype=dtype or input.dtype)
 
 
-def _new_mask(wanted: bool, input: Tensor) -> Tensor:
-    return input.new_empty(layout.mask_shape(input) if wanted else 0, dtype=torch.uint8)
+def _new_mask(wanted: bool, input: Tensor, channels_last: bool | None) -> Tensor:
+    return input.new_empty(layout.mask_shape(input, channels_last) if wanted else 0, dtype=torch.uint8)
 
 
 def _given(vector: Tensor | None) -> Tensor | None:
@@ -208,15 +208,21 @@ def _of_running(branch: _Branch, suffix: str) -> dict:
 
 
 def _forward_pass(
-    problem: Problem, first: _Branch, second: _Branch | None, residual: Tensor | None, relu: bool, save_mask: bool
+    problem: Problem,
+    first: _Branch,
+    second: _Branch | None,
+    residual: Tensor | None,
+    relu: bool,
+    save_mask: bool,
+    channels_last: bool | None,
 ) -> tuple[Tensor, Tensor]:
     """The output and its mask, from statistics or the sums that they are made of."""
     x = first.input
     other = second or _ABSENT
     if residual is not None:
-        residual = layout.dense(residual, x)
-    output = _like(x)
-    mask = _new_mask(relu and save_mask and (residual is not None or second is not None), x)
+        residual = layout.dense(residual, x, channels_last)
+    output = _like(x, channels_last)
+    mask = _new_mask(relu and save_mask and (residual is not None or second is not None), x, channels_last)
     arguments = {
         "residual": residual,
         "output": output,
@@ -245,14 +251,18 @@ def _forward_pass(
 
 
 def _train(
-    branches: tuple[_Branch, ...], residual: Tensor | None, relu: bool, save_mask: bool
+    branches: tuple[_Branch, ...],
+    residual: Tensor | None,
+    relu: bool,
+    save_mask: bool,
+    channels_last: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output and mask; the branches get their statistics."""
     x = branches[0].input
     for branch in branches:
-        branch.input = layout.dense(branch.input, x)
+        branch.input = layout.dense(branch.input, x, channels_last)
     x = branches[0].input
-    problem = _problem(x)
+    problem = _problem(x, channels_last)
     with _on(x):
         for branch in branches:
             branch.mean, branch.var, branch.invstd = (_statistic(x) for _ in range(3))
@@ -261,17 +271,25 @@ def _train(
             for branch, of_branch, shift in zip(branches, partials.unbind(0), shifts.unbind(0), strict=True):
                 branch.partials, branch.shifts = of_branch, shift
         second = branches[1] if len(branches) == 2 else None
-        return _forward_pass(problem, branches[0], second, residual, relu, save_mask)
+        return _forward_pass(problem, branches[0], second, residual, relu, save_mask, channels_last)
 
 
-def _apply(first: _Branch, second: _Branch | None, residual: Tensor | None, relu: bool, save_mask: bool):
+def _apply(
+    first: _Branch,
+    second: _Branch | None,
+    residual: Tensor | None,
+    relu: bool,
+    save_mask: bool,
+    channels_last: bool | None,
+) -> tuple[Tensor, Tensor]:
     """Output and mask with statistics that are given."""
     x = first.input
-    first.input = layout.dense(x, x)
+    first.input = layout.dense(x, x, channels_last)
     if second is not None:
-        second.input = layout.dense(second.input, x)
+        second.input = layout.dense(second.input, x, channels_last)
     with _on(x):
-        return _forward_pass(_problem(first.input), first, second, residual, relu, save_mask)
+        problem = _problem(first.input, channels_last)
+        return _forward_pass(problem, first, second, residual, relu, save_mask, channels_last)
 
 
 # Checks that the forward operators share.
@@ -297,10 +315,10 @@ def _check_vectors(input, **vectors):
 # Forward operators.
 
 
-def batch_norm_add_relu_train(input, weight, bias, residual, eps, relu, save_mask):
+def batch_norm_add_relu_train(input, weight, bias, residual, eps, relu, save_mask, channels_last=None):
     checks.batch_norm(input, weight, bias, residual)
     branch = _Branch(input, weight, bias, eps=eps)
-    output, mask = _train((branch,), residual, relu, save_mask)
+    output, mask = _train((branch,), residual, relu, save_mask, channels_last)
     return output, branch.mean, branch.var, branch.invstd, mask
 
 
@@ -316,11 +334,13 @@ def batch_norm_add_relu_train_with_update(
     return output, branch.mean, branch.invstd, mask
 
 
-def dual_batch_norm_add_relu_train(input, weight, bias, input2, weight2, bias2, eps, eps2, relu, save_mask):
+def dual_batch_norm_add_relu_train(
+    input, weight, bias, input2, weight2, bias2, eps, eps2, relu, save_mask, channels_last=None
+):
     checks.batch_norm(input, weight, bias)
     _check_second(input, input2, weight2, bias2)
     first, second = _Branch(input, weight, bias, eps=eps), _Branch(input2, weight2, bias2, eps=eps2)
-    output, mask = _train((first, second), None, relu, save_mask)
+    output, mask = _train((first, second), None, relu, save_mask, channels_last)
     return output, first.mean, first.var, first.invstd, second.mean, second.var, second.invstd, mask
 
 
@@ -355,11 +375,14 @@ def dual_batch_norm_add_relu_train_with_update(
     return output, first.mean, first.invstd, second.mean, second.invstd, mask
 
 
-def batch_norm_add_relu_eval(input, weight, bias, residual, running_mean, running_var, eps, relu, save_mask):
+def batch_norm_add_relu_eval(
+    input, weight, bias, residual, running_mean, running_var, eps, relu, save_mask, channels_last=None
+):
     checks.batch_norm(input, weight, bias, residual)
     _check_vectors(input, running_mean=running_mean, running_var=running_var)
     checks.one_dtype(weight, bias, running_mean, running_var)
-    return _apply(_Branch(input, weight, bias, running_mean, running_var, eps=eps), None, residual, relu, save_mask)
+    branch = _Branch(input, weight, bias, running_mean, running_var, eps=eps)
+    return _apply(branch, None, residual, relu, save_mask, channels_last)
 
 
 def dual_batch_norm_add_relu_eval(
@@ -377,6 +400,7 @@ def dual_batch_norm_add_relu_eval(
     eps2,
     relu,
     save_mask,
+    channels_last=None,
 ):
     checks.batch_norm(input, weight, bias)
     _check_vectors(input, running_mean=running_mean, running_var=running_var)
@@ -386,19 +410,20 @@ def dual_batch_norm_add_relu_eval(
     checks.one_dtype(weight2, bias2, running_mean2, running_var2)
     first = _Branch(input, weight, bias, running_mean, running_var, eps=eps)
     second = _Branch(input2, weight2, bias2, running_mean2, running_var2, eps=eps2)
-    return _apply(first, second, None, relu, save_mask)
+    return _apply(first, second, None, relu, save_mask, channels_last)
 
 
-def batch_norm_add_relu_apply(input, weight, bias, residual, mean, invstd, relu, save_mask):
+def batch_norm_add_relu_apply(input, weight, bias, residual, mean, invstd, relu, save_mask, channels_last=None):
     checks.batch_norm(input, weight, bias, residual)
     _check_vectors(input, mean=mean, invstd=invstd)
-    return _apply(_Branch(input, weight, bias, mean, invstd=invstd), None, residual, relu, save_mask)
+    branch = _Branch(input, weight, bias, mean, invstd=invstd)
+    return _apply(branch, None, residual, relu, save_mask, channels_last)
 
 
 def batch_norm_statistics(input):
     checks.input_tensor(input)
     x = layout.dense(input, input)
-    problem = _problem(x)
+    problem = _problem(x, None)
     mean, var = _statistic(x), _statistic(x)
     if problem.channels:
         with _on(x):
@@ -433,18 +458,20 @@ class _Backward:
         mask: Tensor | None,
         relu: bool,
         grad_output2: Tensor | None = None,
+        channels_last: bool | None = None,
     ):
         x = first.input
-        first.input = layout.dense(x, x)
+        first.input = layout.dense(x, x, channels_last)
         if second is not None:
-            second.input = layout.dense(second.input, x)
-        self.gradient = layout.dense(grad_output, x)
-        self.gradient2 = None if grad_output2 is None else layout.dense(grad_output2, x)
-        self.problem = _problem(first.input)
+            second.input = layout.dense(second.input, x, channels_last)
+        self.gradient = layout.dense(grad_output, x, channels_last)
+        self.gradient2 = None if grad_output2 is None else layout.dense(grad_output2, x, channels_last)
+        self.channels_last = channels_last
+        self.problem = _problem(first.input, channels_last)
         self.first, self.second = first, second
         self.mask = None
         if relu and mask is not None:
-            checks.mask(mask, layout.mask_shape(first.input))
+            checks.mask(mask, layout.mask_shape(first.input, channels_last))
             checks.same_device(mask, "mask", x)
             self.mask = mask.contiguous()
         elif relu:
@@ -458,7 +485,7 @@ class _Backward:
         x = self.first.input
         if not needed:
             return _nothing(x)
-        setattr(self, name, _like(x))
+        setattr(self, name, _like(x, self.channels_last))
         return getattr(self, name)
 
     def wanted_vector(self, name: str, needed: bool, like: Tensor | None) -> Tensor:
@@ -602,7 +629,7 @@ def _check_backward(grad_output, input, weight, bias, mean, spread, grad_output2
     checks.per_channel(spread, "invstd or running_var", input)
 
 
-# Backward operators. What follows the last ``needs`` is ``grad_output2``, where it is given.
+# Backward operators. What follows the last ``needs`` is ``grad_output2`` and ``channels_last``, where they are given.
 
 
 def _backward_of_one(run, call, weight, bias, needs):
@@ -618,7 +645,7 @@ def _backward_of_one(run, call, weight, bias, needs):
 
 
 def batch_norm_add_relu_train_backward(grad_output, input, weight, bias, mean, invstd, mask, relu, *needs):
-    _check_backward(grad_output, input, weight, bias, mean, invstd, *needs[4:])
+    _check_backward(grad_output, input, weight, bias, mean, invstd, *needs[4:5])
     call = _Backward(grad_output, _Branch(input, weight, bias, mean, invstd=invstd), None, mask, relu, *needs[4:])
     return _backward_of_one(_Backward.train, call, weight, bias, needs)
 
@@ -626,7 +653,7 @@ def batch_norm_add_relu_train_backward(grad_output, input, weight, bias, mean, i
 def batch_norm_add_relu_eval_backward(
     grad_output, input, weight, bias, running_mean, running_var, mask, eps, relu, *needs
 ):
-    _check_backward(grad_output, input, weight, bias, running_mean, running_var, *needs[4:])
+    _check_backward(grad_output, input, weight, bias, running_mean, running_var, *needs[4:5])
     branch = _Branch(input, weight, bias, running_mean, running_var, eps=eps)
     call = _Backward(grad_output, branch, None, mask, relu, *needs[4:])
     return _backward_of_one(_Backward.eval, call, weight, bias, needs)
@@ -652,7 +679,7 @@ def _backward_of_two(run, grad_output, first, second, mask, relu, needs):
 def dual_batch_norm_add_relu_train_backward(
     grad_output, input, weight, mean, invstd, input2, weight2, mean2, invstd2, mask, relu, *needs
 ):
-    _check_backward(grad_output, input, weight, None, mean, invstd, *needs[6:])
+    _check_backward(grad_output, input, weight, None, mean, invstd, *needs[6:7])
     _check_vectors(input, mean2=mean2, invstd2=invstd2)
     first = _Branch(input, weight, None, mean, invstd=invstd)
     second = _Branch(input2, weight2, None, mean2, invstd=invstd2)
@@ -675,16 +702,17 @@ def dual_batch_norm_add_relu_eval_backward(
     relu,
     *needs,
 ):
-    _check_backward(grad_output, input, weight, None, running_mean, running_var, *needs[6:])
+    _check_backward(grad_output, input, weight, None, running_mean, running_var, *needs[6:7])
     _check_vectors(input, running_mean2=running_mean2, running_var2=running_var2)
     first = _Branch(input, weight, None, running_mean, running_var, eps=eps)
     second = _Branch(input2, weight2, None, running_mean2, running_var2, eps=eps2)
     return _backward_of_two(_Backward.eval, grad_output, first, second, mask, relu, needs)
 
 
-def batch_norm_add_relu_backward_reduce(grad_output, input, weight, bias, mean, invstd, mask, relu):
+def batch_norm_add_relu_backward_reduce(grad_output, input, weight, bias, mean, invstd, mask, relu, channels_last=None):
     _check_backward(grad_output, input, weight, bias, mean, invstd)
-    call = _Backward(grad_output, _Branch(input, weight, bias, mean, invstd=invstd), None, mask, relu)
+    branch = _Branch(input, weight, bias, mean, invstd=invstd)
+    call = _Backward(grad_output, branch, None, mask, relu, None, channels_last)
     sum_grad, sum_grad_xmu = _statistic(input), _statistic(input)
     if call.problem.channels:
         with _on(input):
@@ -705,10 +733,12 @@ def batch_norm_add_relu_backward_apply(
     relu,
     needs_input_grad,
     needs_residual_grad,
+    channels_last=None,
 ):
     _check_backward(grad_output, input, weight, bias, mean, invstd)
     _check_vectors(input, mean_grad=mean_grad, mean_grad_xmu=mean_grad_xmu)
-    call = _Backward(grad_output, _Branch(input, weight, bias, mean, invstd=invstd), None, mask, relu)
+    branch = _Branch(input, weight, bias, mean, invstd=invstd)
+    call = _Backward(grad_output, branch, None, mask, relu, None, channels_last)
     results = call.wanted("grad_input", needs_input_grad), call.wanted("grad_residual", needs_residual_grad)
     if call.problem.count and call.problem.channels and (needs_input_grad or needs_residual_grad):
         with _on(input):
@@ -726,14 +756,11 @@ def _block(tensor: Tensor) -> tuple[dict, tuple[int]]:
     return {"units": numel // unit, "UNIT": unit, "BLOCK": block}, (triton.cdiv(numel, block),)
 
 
-def add_relu(input, residual, save_mask):
-    torch._check(
-        input.dtype in checks.DTYPES,
-        lambda: "input must be float64, float32, bfloat16 or float16, got " + str(input.dtype).removeprefix("torch."),
-    )
+def add_relu(input, residual, save_mask, channels_last=None):
+    checks.tensor(input, "input")
     checks.same_shape(residual, "residual", input)
-    x, residual = layout.dense(input, input), layout.dense(residual, input)
-    output = _like(x)
+    x, residual = (layout.dense(operand, input, channels_last) for operand in (input, residual))
+    output = _like(x, channels_last)
     mask = x.new_empty((1, (x.numel() + 7) // 8) if save_mask else 0, dtype=torch.uint8)
     if x.numel():
         arguments, grid = _block(x)
@@ -743,16 +770,12 @@ def add_relu(input, residual, save_mask):
     return output, mask
 
 
-def add_relu_backward(grad_output, mask):
-    torch._check(
-        grad_output.dtype in checks.DTYPES,
-        lambda: "grad_output must be float64, float32, bfloat16 or float16, got "
-        + str(grad_output.dtype).removeprefix("torch."),
-    )
+def add_relu_backward(grad_output, mask, channels_last=None):
+    checks.tensor(grad_output, "grad_output")
     checks.mask(mask, (1, (grad_output.numel() + 7) // 8))
     checks.same_device(mask, "mask", grad_output)
-    gradient = layout.dense(grad_output, grad_output)
-    grad_input = _like(gradient)
+    gradient = layout.dense(grad_output, grad_output, channels_last)
+    grad_input = _like(gradient, channels_last)
     if gradient.numel():
         arguments, grid = _block(gradient)
         arguments |= {"gradient": gradient, "mask": mask.contiguous(), "grad_input": grad_input}
