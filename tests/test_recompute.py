@@ -1,10 +1,13 @@
 """Recomputation of normalized activations: same bits, less memory, and everything that autograd allows."""
 
+import ast
 import contextlib
 import copy
 import gc
 import io
+import pathlib
 import pickle
+import sys
 import threading
 
 import pytest
@@ -27,7 +30,7 @@ from resnet_fused import (
     unfuse,
 )
 from resnet_fused.measure import LiveMemory, SavedActivations
-from resnet_fused.ops import recomputation
+from resnet_fused.ops import recomputation, streams
 
 torchvision = pytest.importorskip("torchvision")
 resnet = torchvision.models.resnet
@@ -127,6 +130,12 @@ def saved_bytes(model, x):
     with SavedActivations(model) as saved:
         loss_of(model, x)
     return saved.bytes
+
+
+def alive():
+    """What stands in graphs for saved tensors."""
+    kinds = recomputation.Kept, recomputation.Packed, recomputation.Recipe
+    return [thing for thing in gc.get_objects() if type(thing) in kinds]
 
 
 class Calls(TorchDispatchMode):
@@ -368,15 +377,14 @@ def test_a_forward_without_a_backward_frees_all():
             assert memory.bytes > before
             del loss
             assert memory.bytes == before
-            assert not recomputation._recipes
+            assert not alive()
             loss = loss_of(model, x)
             loss.backward()
             model.zero_grad()
             assert memory.bytes - before <= 8  # the loss
     finally:
         gc.enable()
-    assert not recomputation._recipes
-    assert not recomputation._kept
+    assert not alive()
 
 
 def test_an_output_kept_after_the_backward_keeps_nothing_else():
@@ -427,6 +435,145 @@ def test_a_residual_that_nobody_keeps_makes_no_recipe():
         output = bn(x, r)
         assert recomputation.recipe_of(output, None) is None
         conv(output).sum().backward()
+
+
+# Interrupts ------------------------------------------------------------------------------------------------------
+
+
+def interrupted(backward, at):
+    """Runs ``backward`` with an interrupt as its Python call of that number begins; whether it has so many calls.
+
+    A Ctrl-C is seen where a function of Python begins, be it one that Python runs for an object that goes.
+    """
+    count = 0
+
+    def call(frame, event, argument):
+        nonlocal count
+        count += event == "call"
+        if count == at and event == "call":
+            raise KeyboardInterrupt
+
+    sys.setprofile(call)
+    try:
+        backward()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.setprofile(None)
+    assert count < at, f"call {at} of {count} was interrupted, and training went on"
+    return False
+
+
+@pytest.mark.parametrize("around", [contextlib.nullcontext, torch.autograd.graph.save_on_cpu], ids=["alone", "packed"])
+def test_an_interrupt_at_any_moment_of_a_backward_ends_it(around):
+    """Python prints an exception in a finalizer or in the callback of a weak reference, and goes on."""
+    model = nn.Sequential(FusedResidualBlock(3, 4, 2, recompute=True), FusedResidualBlock(4, 4, recompute=True))
+    x = images(8)
+
+    def forward():
+        with around():
+            return model(x).square().sum()
+
+    step = lambda model, x: forward().backward()  # noqa: E731
+    expected = [gradient.clone() for gradient in gradients(model, x, step)[1:7]]
+    at = 1
+    while True:
+        loss = forward()
+        if not interrupted(loss.backward, at):
+            break
+        at += 1
+    assert at > 20
+    del loss
+    gc.collect()  # tracebacks of the interrupts
+    assert not alive()
+    assert_same(gradients(model, x, step)[1:7], expected)
+
+
+def test_no_finalizer_and_no_callback_of_a_weak_reference():
+    """What has one loses an interrupt that comes there; so do torch's StorageWeakRef and the collections of weakref."""
+    losing = {"WeakValueDictionary", "WeakKeyDictionary", "WeakSet", "WeakMethod", "finalize", "StorageWeakRef"}
+    files = list(pathlib.Path(resnet_fused.__file__).parent.rglob("*.py"))
+    assert len(files) > 40
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = {getattr(node, "name", None), getattr(node, "attr", None), getattr(node, "id", None)}
+            assert not names & (losing | {"__del__"}), (file, node.lineno)
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("weakref.ref", "ref", "weakref.proxy"):
+                assert len(node.args) == 1, (file, node.lineno)
+
+
+# Streams -----------------------------------------------------------------------------------------------------------
+
+
+class FakeStream:
+    """A stream of a device that is not there; notes whom it waited for."""
+
+    def __init__(self):
+        self.waited = []
+
+    def wait_stream(self, other):
+        self.waited.append(other)
+
+
+class FakeStreams:
+    """Streams for tensors of the CPU, where :mod:`resnet_fused.ops.streams` looks for a device's."""
+
+    def __init__(self, monkeypatch):
+        self.now = FakeStream()
+        self.recorded = []
+        monkeypatch.setattr(streams, "current", lambda tensor: self.now)
+        record = lambda tensor, stream: self.recorded.append((tensor.untyped_storage().data_ptr(), stream))  # noqa: E731
+        monkeypatch.setattr(torch.Tensor, "record_stream", record)
+
+
+def test_a_value_made_on_one_stream_is_handed_to_another(monkeypatch):
+    fake = FakeStreams(monkeypatch)
+    forward = fake.now
+    bn = BatchNormAddReLU2d(3)
+    x = images(requires_grad=True)
+    with recompute():
+        output = bn(x)
+        nodes = [(output * torch.ones_like(x).requires_grad_()).grad_fn for _ in range(3)]
+    expected = output.detach().clone()
+    output_memory, input_memory = output.untyped_storage().data_ptr(), x.untyped_storage().data_ptr()
+    again = []
+    fake.now = first = FakeStream()
+    again.append(nodes[0]._saved_self)  # the output itself, which is there
+    assert first.waited == [forward]
+    assert fake.recorded == [(output_memory, first)]
+
+    del output
+    fake.recorded.clear()
+
+    class Unpack(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            fake.now = second
+            again.append(nodes[1]._saved_self)  # made, on a stream that is not the operator's
+            fake.now = third
+            again.append(nodes[2]._saved_self)  # held
+            return gradient
+
+    second, third = FakeStream(), FakeStream()
+    Unpack.apply(torch.ones(1, requires_grad=True)).sum().backward()
+    assert set(second.waited) == {forward}
+    assert (input_memory, second) in fake.recorded
+    assert third.waited == [second]
+    assert fake.recorded[-1] == (again[2].untyped_storage().data_ptr(), third)
+    assert again[1].data_ptr() == again[2].data_ptr()
+    for value in again:
+        assert torch.equal(value, expected)
+
+
+def test_streams_of_devices():
+    assert streams.current(torch.ones(1)) is None
+    assert streams.current(torch.ones(1, device="meta")) is None
+    value = torch.ones(1)
+    assert streams.handed(value, None) is value
 
 
 # What autograd allows ------------------------------------------------------------------------------------------------
@@ -862,10 +1009,11 @@ def test_without_gradients_nothing_is_noted():
     with torch.inference_mode(), recompute():
         model(images())
     assert len(kept) == 2
-    assert not recomputation._recipes
+    assert not alive()
     with recompute():
-        model(images())
-    assert recomputation._recipes
+        loss = loss_of(model, images())
+    assert alive()
+    del loss
 
 
 def test_sparse_tensors_are_saved_as_they_are():
