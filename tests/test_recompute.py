@@ -30,7 +30,7 @@ from resnet_fused import (
     unfuse,
 )
 from resnet_fused.measure import LiveMemory, SavedActivations
-from resnet_fused.ops import recomputation, streams
+from resnet_fused.ops import autograd, recomputation, streams
 
 torchvision = pytest.importorskip("torchvision")
 resnet = torchvision.models.resnet
@@ -1029,21 +1029,37 @@ def test_sparse_tensors_are_saved_as_they_are():
 # Max pooling -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize(
-    "arguments", [(2,), (3, 2, 1), ((3, 2), (2, 1), (1, 0)), (3, 1, 1, 2), (3, 2, 1, 1, True)], ids=str
-)
-def test_max_pooling_without_indices(arguments, channels_last, dtype):
-    x = torch.randn(2, 3, 9, 8).relu().round()  # many ties
+POOLS = [
+    (2,),
+    (3, 2, 1),
+    ((3, 2), (2, 1), (1, 0)),
+    (3, 1, 1, 2),
+    (3, 2, 1, 1, True),
+    (2, 3),
+    (1, 2),
+    ((1, 4), (3, 5), (0, 2), (2, 1), True),
+    (8, None, 4, 1, True),
+]
+
+
+@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("form", ["NCHW", "channels_last", "CHW", "sliced", "one channel"])
+@pytest.mark.parametrize("arguments", POOLS, ids=str)
+def test_max_pooling(arguments, form, dtype, recomputed):
+    """The gradient of torch's, and its layout, with many ties, NaN and infinities."""
+    x = torch.randn(2, 6, 9, 8).relu().round()
     x[0, 0, 4, 4] = float("nan")
+    x[0, 1] = float("-inf")
+    x[1, :, :2, :2] = float("inf")
     x = x.to(dtype)
-    if channels_last:
+    if form == "channels_last":
         x = x.contiguous(memory_format=torch.channels_last)
+    x = {"CHW": x[0], "sliced": x[:, ::2, 1:], "one channel": x[:, :1]}.get(form, x)
     grads, saved = [], []
-    for pool in (F.max_pool2d, functional.max_pool2d):
-        leaf = x.clone().requires_grad_()
-        with SavedActivations() as bytes_saved:
+    for pool, context in ((F.max_pool2d, contextlib.nullcontext()), (functional.max_pool2d, recompute(recomputed))):
+        leaf = x.detach().requires_grad_()
+        with SavedActivations() as bytes_saved, context:
             output = pool(leaf, *arguments)
         torch.manual_seed(0)
         output.backward(torch.randn_like(output))
@@ -1051,7 +1067,33 @@ def test_max_pooling_without_indices(arguments, channels_last, dtype):
         saved.append(bytes_saved.bytes)
     for mine, its in zip(*grads, strict=True):
         torch.testing.assert_close(mine, its, rtol=0, atol=0, equal_nan=True)
-    assert saved[1] == x.numel() * x.element_size() < saved[0]
+        assert mine.stride() == its.stride()
+    assert saved[1] == (x.untyped_storage().nbytes() if recomputed else 4 * output.numel()) < saved[0]
+
+
+@pytest.mark.parametrize("how", ["data", "in place"])
+def test_max_pooling_of_an_input_that_is_changed_afterwards(how):
+    x = torch.randn(1, 2, 6, 6)
+    other = torch.randn(1, 2, 6, 6)
+    gradient = []
+    for pool in (F.max_pool2d, functional.max_pool2d):
+        leaf = x.clone().requires_grad_()
+        hidden = leaf * 2
+        output = pool(hidden, 2).square().sum()
+        if how == "data":
+            hidden.data = other.clone()
+        elif pool is functional.max_pool2d:
+            hidden.mul_(other)  # torch refuses, for it keeps its input
+        gradient += torch.autograd.grad(output, leaf)
+    assert torch.equal(*gradient)
+
+
+def test_max_pooling_of_planes_whose_indices_take_more_than_32_bits():
+    """Where no data is: what is kept must hold them."""
+    for width, dtype in ((1 << 15, torch.int32), (1 << 16, torch.int64)):
+        x = torch.empty(1, 1, 1 << 15, width, device="meta", requires_grad=True)
+        node = autograd.MaxPool2d.apply(x, (2, None, 0, 1, False), False).grad_fn
+        assert [saved.dtype for saved in node.saved_tensors] == [dtype]
 
 
 def test_max_pooling_with_numbers_of_other_kinds():
