@@ -114,8 +114,7 @@ test-other-torch: wheel
 	$(PYTHON) -m venv $(OTHER_VENV)
 	$(OTHER_VENV)/bin/python -m pip install --quiet torch==$(OTHER_TORCH) pytest hypothesis expecttest numpy
 	$(OTHER_VENV)/bin/python -m pip install --quiet --force-reinstall --no-deps dist/*.whl
-	$(OTHER_VENV)/bin/python -m pip install --quiet tabulate
-	$(call run_operator_tests,$(OTHER_VENV))
+	$(call run_operator_tests,$(OTHER_VENV),$(ARGS))
 
 # An environment of its own for the wheel; torch, of several GB, is that of $(VENV).
 test-wheel: wheel

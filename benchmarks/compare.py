@@ -6,6 +6,7 @@ Operator::
     python -m benchmarks.compare --batch 8 --layout nchw --kind residual # every shape of it, with a residual
     python -m benchmarks.compare --batch 8 --forward                     # without the backward
     python -m benchmarks.compare --host                                  # 2x8x2x2: what the host adds
+    python -m benchmarks.compare --small --batch 2                       # 64 channels, from 2x2 up: where fusing pays
 
 Network::
 
@@ -102,6 +103,13 @@ def host(options: argparse.Namespace) -> Iterator[Comparison]:
     yield _operator(Case(Site(8, 2, 2, "residual"), 2, options.layout), 1, not options.forward, options, calls=50)
 
 
+def small(options: argparse.Namespace) -> Iterator[Comparison]:
+    """Tensors from where the work of the host counts alone to where it does not count."""
+    for side in (2, 4, 7, 14, 28, 56):
+        case = Case(Site(64, side, side, "residual"), options.batch, options.layout, DTYPES[options.dtype])
+        yield _operator(case, 1, not options.forward, options, calls=20)
+
+
 def _operator(case: Case, count: int, backward: bool, options: argparse.Namespace, calls: int = 1) -> Comparison:
     operator = Operator(case)
     with torch.set_grad_enabled(case.training):
@@ -173,6 +181,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--model", help="a torchvision ResNet: compare its training step in place of the operator")
     what.add_argument("--host", action="store_true", help="the operator on a 2x8x2x2 tensor")
+    what.add_argument("--small", action="store_true", help="the operator on 64 channels of 2x2 to 56x56")
     parser.add_argument("--shapes", default="resnet50", help="the network whose sites are taken (default: %(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     parser.add_argument("--kind", choices=KINDS, help="sites of one kind; residual: every shape, with a residual")
@@ -215,7 +224,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(comparisons[0].name)
         print(tabulate(network_rows(comparisons[0]), NETWORK_HEADERS, tablefmt="simple", floatfmt=NETWORK_FORMATS))
     else:
-        comparisons = list((host if options.host else operators)(options))
+        comparisons = list((host if options.host else small if options.small else operators)(options))
         rows = [comparison.row() for comparison in comparisons]
         print(tabulate(rows, HEADERS, tablefmt="simple", floatfmt=FORMATS))
         print(summary(comparisons))

@@ -55,9 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     memory.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where it would run; none is used")
     memory.add_argument("--memory", type=_bytes, help="find the largest batch that fits into this, such as 24GB")
     memory.add_argument("--contiguous", action="store_true", help="NCHW weights and images, not channels_last")
-    memory.add_argument(
-        "--output", default="memory.png", help="where the plot goes; '' for none (default: %(default)s)"
-    )
+    memory.add_argument("--output", metavar="FILE", help="plot memory over the step to this file (default: no plot)")
     memory.set_defaults(command=_memory)
 
     text = "Train a torchvision ResNet eager and fused, in turn, on scikit-learn's digits, and compare the two."
@@ -144,7 +142,7 @@ def _memory(options: argparse.Namespace) -> int:
     except ModelError as error:
         return _refuse(error)
     except ModuleNotFoundError as error:
-        return _refuse(f"the plot needs {error.name}: install it, or give --output ''.")
+        return _refuse(f"the plot needs {error.name}: install it, or leave --output out.")
     return 0
 
 

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
-from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import demo_plot, doctor, fuse
 from .measure import SavedActivations, cpu_name, seconds, without_garbage_collection
 from .model_names import ModelError, torchvision_builder
+from .tables import table
 
 CLASSES = 10
 TEST_SHARE = 0.2
@@ -190,4 +190,4 @@ def comparison(eager: Run, fused: Run, batch_size: int) -> str:
             f"{fused.saved_bytes / eager.saved_bytes:.2f} of eager's",
         ),
     ]
-    return "\n" + tabulate(rows, headers=("", "eager", "fused", "fused is"), tablefmt="simple", disable_numparse=True)
+    return "\n" + table(rows, ("", "eager", "fused", "fused is"))

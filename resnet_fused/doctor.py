@@ -7,10 +7,10 @@ import platform
 from typing import Any
 
 import torch
-from tabulate import tabulate
 
 from .measure import cpu_name
 from .ops import OPERATORS, backend, library, triton_kernels
+from .tables import table
 
 _LIBRARIES = {"_ops": "schemas of the operators", "_cpu": "CPU kernels", "_cuda": "CUDA kernels"}
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA", "xpu": "XPU", "mps": "MPS"}
@@ -54,9 +54,9 @@ def render(findings: dict[str, Any]) -> str:
     )
     return "\n\n".join(
         [
-            tabulate(environment, tablefmt="simple", disable_numparse=True),
-            tabulate(devices, headers=("device", "name", "backend", "why"), tablefmt="simple", disable_numparse=True),
-            tabulate(libraries, headers=("library", "state", "path", "why"), tablefmt="simple", disable_numparse=True),
+            table(environment),
+            table(devices, ("device", "name", "backend", "why")),
+            table(libraries, ("library", "state", "path", "why")),
             verdict,
         ]
     )

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor
 
-from .ops import autograd, backend, checks
+from .ops import autograd, backend, checks, recomputation
 
 _OPS = torch.ops.resnet_fused
 _NUMBERS = (int, float, torch.SymFloat)
@@ -171,10 +171,15 @@ def add_relu(input: Tensor, residual: Tensor) -> Tensor:
 
 
 def max_pool2d(input: Tensor, kernel_size, stride=None, padding=0, dilation=1, ceil_mode: bool = False) -> Tensor:
-    """:func:`torch.nn.functional.max_pool2d` that keeps no indices: its backward looks for the maxima again.
+    """:func:`torch.nn.functional.max_pool2d` that keeps its indices in half the bytes, and not its input.
 
-    The gradient is torch's, ties included. What it keeps is its input, and inside :class:`resnet_fused.recompute` not
-    even that where a fused operator made it.
+    The gradient is torch's, ties included. Inside :class:`resnet_fused.recompute` it keeps its input and no indices,
+    and not even that where a fused operator made it: the backward looks for the maxima again, in what the input is
+    then. It is refused if it was changed in place, but a change through ``.data`` is not noticed.
+
+    Args:
+        input: (N, C, H, W) or (C, H, W). The others are those of :func:`torch.nn.functional.max_pool2d`, whose errors
+            are raised.
     """
     arguments = (kernel_size, stride, padding, dilation, ceil_mode)
     if (
@@ -185,7 +190,7 @@ def max_pool2d(input: Tensor, kernel_size, stride=None, padding=0, dilation=1, c
         or not backend.is_fused(input)
     ):
         return F.max_pool2d(input, *arguments)
-    return autograd.MaxPool2d.apply(input, arguments)
+    return autograd.MaxPool2d.apply(input, arguments, recomputation.is_on())
 
 
 def in_recomputation() -> bool:

@@ -59,7 +59,6 @@ class LiveMemory(TorchDispatchMode):
     while it runs, the workspace of a convolution say, is not seen. Works with fake tensors too.
 
     Attributes:
-        bytes: alive now.
         peak: the most that there was.
         curve: how many there were after each operator that made or freed something.
 
@@ -71,36 +70,40 @@ class LiveMemory(TorchDispatchMode):
 
     def __init__(self, *held: Tensor):
         super().__init__()
-        self.bytes = self.peak = 0
+        self.peak = 0
         self.curve: list[int] = []
-        self._storages: dict[int, weakref.ref] = {}
+        self._alive = 0
+        self._storages: dict[int, tuple[weakref.ref, int]] = {}
         for tensor in held:
             self._add(tensor)
 
+    @property
+    def bytes(self) -> int:
+        """Alive now."""
+        # Asked of each storage, not told by it: an interrupt that comes in a callback of a weak reference is lost.
+        for key in [key for key, (storage, _) in self._storages.items() if storage() is None]:
+            self._alive -= self._storages.pop(key)[1]
+        return self._alive
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
+        now = self.bytes  # without what was freed until here, whose addresses may be given out again
         for value in tree_leaves(result):
             if isinstance(value, Tensor):
-                self._add(value)
-        if not self.curve or self.curve[-1] != self.bytes:
-            self.curve.append(self.bytes)
+                now = self._add(value)
+        if not self.curve or self.curve[-1] != now:
+            self.curve.append(now)
         return result
 
-    def _add(self, tensor: Tensor) -> None:
-        if tensor.layout is not torch.strided:
-            return
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._storages or size == 0:
-            return
-
-        def freed(_):
-            del self._storages[key]
-            self.bytes -= size
-
-        self._storages[key] = weakref.ref(storage, freed)
-        self.bytes += size
-        self.peak = max(self.peak, self.bytes)
+    def _add(self, tensor: Tensor) -> int:
+        if tensor.layout is torch.strided:
+            storage = tensor.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self._storages and size:
+                self._storages[key] = weakref.ref(storage), size
+                self._alive += size
+                self.peak = max(self.peak, self._alive)
+        return self._alive
 
 
 @contextlib.contextmanager

@@ -13,12 +13,12 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from tabulate import tabulate
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from . import fuse, measure
 from .model_names import ModelError, build
+from .tables import table
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16}
 VARIANTS = ("eager", "fused", "fused + recompute", "fused + recompute, convolutions too")
@@ -38,7 +38,7 @@ class Settings:
     image_size: int = 224
     channels_last: bool = True
     memory: int | None = None
-    output: str = "memory.png"
+    output: str | None = None
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -168,11 +168,14 @@ def bytes_of(text: str) -> int:
 
 
 def run(settings: Settings) -> dict[str, Step]:
-    """Predicts the step of each variant, prints the table and writes the plot.
+    """Predicts the step of each variant, prints the table and, where ``output`` asks for it, writes the plot.
 
     Raises:
-        ModelError: there is no such model, it does not train on such images, or the plot cannot be written.
+        ModelError: there is no such model, it does not train on such images, or the plot cannot be written: before the
+            work where that is known.
+        ModuleNotFoundError: a plot is asked for without matplotlib.
     """
+    plot = None if settings.output is None else _plot_to(settings.output)
     model = build(settings.model)
 
     def step(variant: str, batch: int) -> Step:
@@ -190,19 +193,34 @@ def run(settings: Settings) -> dict[str, Step]:
         for variant in VARIANTS:
             largest[variant] = largest_batch(lambda batch, v=variant: step(v, batch).peak, settings.memory)
     print(render(settings, steps, largest))
-    if settings.output:
-        from . import memory_plot
-
-        path = pathlib.Path(settings.output)
-        try:
-            if path.is_dir():
-                raise IsADirectoryError("it is a folder")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            memory_plot.write(path, _title(settings), steps, settings.memory)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"the plot cannot be written to {path}: {error}") from error
-        print(f"\nmemory over the step: {path}")
+    if plot is not None:
+        plot(_title(settings), steps, settings.memory)
+        print(f"\nmemory over the step: {settings.output}")
     return steps
+
+
+def _plot_to(output: str) -> Callable[..., None]:
+    """What writes the plot, once it is known that nothing forbids it."""
+    from . import memory_plot
+
+    path = pathlib.Path(output)
+    reason = (
+        "it is a folder"
+        if path.is_dir()
+        else f"there is no folder {path.parent}"
+        if not path.parent.is_dir()
+        else memory_plot.why_not(path)
+    )
+    if reason is not None:
+        raise ModelError(f"the plot cannot be written to {output or repr(output)}: {reason}")
+
+    def write(*what):
+        try:
+            memory_plot.write(path, *what)
+        except OSError as error:
+            raise ModelError(f"the plot cannot be written to {path}: {error}") from error
+
+    return write
 
 
 def _number(batch: int) -> str:
@@ -220,7 +238,13 @@ def render(settings: Settings, steps: dict[str, Step], largest: dict[str, int]) 
     eager = steps["eager"]
     headers = ["", "saved for backward, MB", "of eager", "peak, MB", "of eager"]
     rows = [
-        [name, step.saved / 1e6, f"{step.saved / eager.saved:.3f}", step.peak / 1e6, f"{step.peak / eager.peak:.3f}"]
+        [
+            name,
+            f"{step.saved / 1e6:.1f}",
+            f"{step.saved / eager.saved:.3f}",
+            f"{step.peak / 1e6:.1f}",
+            f"{step.peak / eager.peak:.3f}",
+        ]
         for name, step in steps.items()
     ]
     if largest:
@@ -229,7 +253,7 @@ def render(settings: Settings, steps: dict[str, Step], largest: dict[str, int]) 
     lines = [
         _title(settings),
         "",
-        tabulate(rows, headers=headers, floatfmt=".1f", disable_numparse=[2, 4]),
+        table(rows, headers, right=(1, 3, 5)),
         "",
         f"The peak includes parameters, buffers, momentum and the batch ({eager.before / 1e6:.1f} MB), and gradients.",
         "Tensors alone are counted: leave room for the workspaces of convolutions and for the allocator.",

@@ -21,6 +21,14 @@ STYLES = {
 }
 
 
+def why_not(path: pathlib.Path) -> str | None:
+    """Why ``path`` is none that a plot can be written to: for its ending, which says the format."""
+    formats = plt.figure().canvas.get_supported_filetypes()
+    plt.close()
+    ending = path.suffix.removeprefix(".")
+    return None if ending.lower() in formats else f"its name must end in one of {', '.join(sorted(formats))}"
+
+
 def write(path: pathlib.Path, title: str, steps: dict[str, "Step"], memory: int | None) -> None:
     """Writes the plot to ``path``; forward and backward take half of its width each."""
     style = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 11}

@@ -3,12 +3,11 @@
 import collections
 import copy
 
-from tabulate import tabulate
-
 from . import fuse, fusion_report
 from .conversion import FusionReport
 from .example_inputs import example_input
 from .model_names import build
+from .tables import table
 
 
 def report(name: str) -> FusionReport:
@@ -40,8 +39,7 @@ def reasons(report: FusionReport) -> list[tuple[str, list[str]]]:
 
 def why(report: FusionReport) -> str:
     """A table of the reasons why BatchNorms are not fused, and the summary."""
-    table = [(len(names), names[0], reason) for reason, names in reasons(report)]
-    if not table:
+    rows = [(len(names), names[0], reason) for reason, names in reasons(report)]
+    if not rows:
         return report.summary
-    headers = ("not fused", "first", "why not")
-    return f"{tabulate(table, headers=headers, disable_numparse=True)}\n\n{report.summary}"
+    return f"{table(rows, ('not fused', 'first', 'why not'))}\n\n{report.summary}"

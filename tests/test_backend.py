@@ -166,3 +166,39 @@ class _Recording(TorchDispatchMode):
 def test_operators_on_meta_tensors():
     output, mask = OPS.add_relu(torch.ones(2, 3, device="meta"), torch.ones(2, 3, device="meta"), True)
     assert output.device.type == mask.device.type == "meta"
+
+
+HEAVY = ("torch._dynamo", "torch._inductor", "torch.onnx", "triton", "sympy", "matplotlib", "torchvision", "timm")
+
+
+def test_importing_brings_nothing_heavy():
+    """Dynamo takes a second and 160 MB: who compiles nothing need not wait for it."""
+    command = f"""
+import sys, torch
+before = {{name for name in {HEAVY} if name in sys.modules}}
+import resnet_fused
+print(sorted({{name for name in {HEAVY} if name in sys.modules}} - before))
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("RESNET_FUSED_BACKEND", None)  # Triton where it is asked for
+    done = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_choice_is_a_constant_of_what_is_compiled(device):
+    """Of the choice at the time of tracing, and of the backend that serves the device."""
+    arguments = _arguments(device)
+    expected = functional.batch_norm_add_relu(*arguments)
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(str(graph.graph))
+        return graph
+
+    for choice in ("auto", "compiled", "reference"):
+        torch.compiler.reset()
+        run = torch.compile(lambda x: functional.batch_norm_add_relu(x, *arguments[1:]), fullgraph=True, backend=keep)
+        with backend.backend(choice):
+            torch.testing.assert_close(run(arguments[0]), expected)
+        assert ("resnet_fused" in graphs[-1]) == (choice != "reference")
+    assert len(graphs) == 3

@@ -1,6 +1,7 @@
 """``python -m resnet_fused``: exit codes and what a person reads."""
 
 import dataclasses
+import io
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from torch import nn
 
 import resnet_fused
 from resnet_fused import __main__ as cli
-from resnet_fused import doctor, measure, model_names
+from resnet_fused import doctor, measure, model_names, tables
 
 
 def run(capsys, *arguments):
@@ -284,3 +285,58 @@ def test_alternatives_are_called_in_turn():
     assert [len(times) for times in samples] == [3, 3]
     # Warm-up: each once and then for as many calls as are timed; then the rounds.
     assert "".join(calls) == "ab" + "aabb" + 3 * "aabb"
+
+
+# Tables --------------------------------------------------------------------------------------------------------------
+
+ROWS = [
+    ("layer1.0.downsample.1", "batch_norm+batch_norm+add+relu", 3.5, None),
+    ("bn1", "its output goes to an add into another tensor", 12, "/a/path/of/some/length/resnet_fused/_cpu.abi3.so"),
+]
+HEADERS = ("BatchNorm", "why", "MB", "where it is on the disk")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_table_is_whole_where_nobody_sees_it_on_a_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    assert tables.table(ROWS, HEADERS, right=(2,)).splitlines() == [
+        f"BatchNorm              {'why':45}   MB  where it is on the disk",
+        f"{'-' * 21}  {'-' * 45}  ---  {'-' * len(ROWS[1][3])}",
+        f"layer1.0.downsample.1  {'batch_norm+batch_norm+add+relu':45}  3.5",
+        f"bn1                    its output goes to an add into another tensor   12  {ROWS[1][3]}",
+    ]
+    assert tables.table([("a", 1)]).splitlines() == ["-  -", "a  1", "-  -"]
+
+
+@pytest.mark.parametrize("columns", [40, 64, 80, 100, 120, 200])
+def test_a_table_fits_the_terminal_and_loses_nothing(monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    lines = tables.table(ROWS, HEADERS).splitlines()
+    assert max(map(len, lines)) <= columns
+    rule = next(i for i, line in enumerate(lines) if line.startswith("--"))
+    ends = [len(part) for part in lines[rule].split("  ")]
+    starts = [sum(ends[:i]) + 2 * i for i in range(len(ends))]
+    for i, header in enumerate(HEADERS):
+        cells = [line[starts[i] : starts[i] + ends[i]] for line in lines]
+        assert "".join(cells[:rule]).replace(" ", "") == header.replace(" ", "")
+        whole = "".join(str(row[i]) for row in ROWS if row[i] is not None)
+        assert "".join(cells[rule + 1 :]).replace(" ", "") == whole.replace(" ", "")
+    if columns == 80:
+        assert any("batch_norm+ " in line for line in lines)  # broken where one reads on
+    if columns == 200:
+        assert len(lines) == 4
+
+
+def test_the_tables_of_the_commands_fit(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    doctors = doctor.render(doctor.examine())
+    report = str(resnet_fused.fusion_report(nn.Sequential(nn.BatchNorm2d(3))))
+    for text in (doctors, report):
+        assert "---" in text
+        assert max(len(line) for line in text.splitlines() if "  " in line) <= 80

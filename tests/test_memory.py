@@ -120,7 +120,7 @@ def run(capsys, *arguments):
 
 def test_the_command_prints_a_table_and_draws_the_curve(capsys, tmp_path):
     pytest.importorskip("matplotlib")
-    output = tmp_path / "plots" / "memory.png"
+    output = tmp_path / "step.png"
     code, out, _ = run(
         capsys,
         *("resnet18", "--batch-size", "4", "--image-size", "64", "--dtype", "bf16", "--device", "cuda"),
@@ -138,13 +138,41 @@ def test_the_command_prints_a_table_and_draws_the_curve(capsys, tmp_path):
         (("resnett18",), "did you mean resnet18"),
         (("resnet18", "--batch-size", "1"), "at least 2"),
         (("resnet18", "--memory", "much"), "such as 24GB"),
-        (("torch.nn:Identity", "--output", ""), "takes no training step"),
+        (("torch.nn:Identity",), "takes no training step"),
     ],
 )
 def test_the_command_refuses_in_one_sentence(capsys, arguments, sentence):
     code, _, err = run(capsys, *arguments)
     assert code == 2
     assert sentence in err
+
+
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        ("plots/step.png", "there is no folder"),
+        ("", "it is a folder"),
+        ("step", "must end in"),
+        ("a.foo", "end in one"),
+    ],
+)
+def test_a_plot_that_cannot_be_written_is_refused_before_the_work(capsys, tmp_path, monkeypatch, output, reason):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(memory, "predict_fake", None)
+    code, out, err = run(capsys, "resnet18", "--output", output)
+    assert (code, out) == (2, "")
+    assert "the plot cannot be written" in err
+    assert reason in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_output_nothing_is_written(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run(capsys, "resnet18", "--batch-size", "2", "--image-size", "32")
+    assert code == 0
+    assert "memory over the step" not in out
+    assert not list(tmp_path.iterdir())
 
 
 def test_live_memory_follows_what_is_alive():

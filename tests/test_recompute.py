@@ -1,10 +1,13 @@
 """Recomputation of normalized activations: same bits, less memory, and everything that autograd allows."""
 
+import ast
 import contextlib
 import copy
 import gc
 import io
+import pathlib
 import pickle
+import sys
 import threading
 
 import pytest
@@ -27,7 +30,7 @@ from resnet_fused import (
     unfuse,
 )
 from resnet_fused.measure import LiveMemory, SavedActivations
-from resnet_fused.ops import recomputation
+from resnet_fused.ops import autograd, recomputation, streams
 
 torchvision = pytest.importorskip("torchvision")
 resnet = torchvision.models.resnet
@@ -127,6 +130,12 @@ def saved_bytes(model, x):
     with SavedActivations(model) as saved:
         loss_of(model, x)
     return saved.bytes
+
+
+def alive():
+    """What stands in graphs for saved tensors."""
+    kinds = recomputation.Kept, recomputation.Packed, recomputation.Recipe
+    return [thing for thing in gc.get_objects() if type(thing) in kinds]
 
 
 class Calls(TorchDispatchMode):
@@ -368,15 +377,14 @@ def test_a_forward_without_a_backward_frees_all():
             assert memory.bytes > before
             del loss
             assert memory.bytes == before
-            assert not recomputation._recipes
+            assert not alive()
             loss = loss_of(model, x)
             loss.backward()
             model.zero_grad()
             assert memory.bytes - before <= 8  # the loss
     finally:
         gc.enable()
-    assert not recomputation._recipes
-    assert not recomputation._kept
+    assert not alive()
 
 
 def test_an_output_kept_after_the_backward_keeps_nothing_else():
@@ -427,6 +435,145 @@ def test_a_residual_that_nobody_keeps_makes_no_recipe():
         output = bn(x, r)
         assert recomputation.recipe_of(output, None) is None
         conv(output).sum().backward()
+
+
+# Interrupts ------------------------------------------------------------------------------------------------------
+
+
+def interrupted(backward, at):
+    """Runs ``backward`` with an interrupt as its Python call of that number begins; whether it has so many calls.
+
+    A Ctrl-C is seen where a function of Python begins, be it one that Python runs for an object that goes.
+    """
+    count = 0
+
+    def call(frame, event, argument):
+        nonlocal count
+        count += event == "call"
+        if count == at and event == "call":
+            raise KeyboardInterrupt
+
+    sys.setprofile(call)
+    try:
+        backward()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.setprofile(None)
+    assert count < at, f"call {at} of {count} was interrupted, and training went on"
+    return False
+
+
+@pytest.mark.parametrize("around", [contextlib.nullcontext, torch.autograd.graph.save_on_cpu], ids=["alone", "packed"])
+def test_an_interrupt_at_any_moment_of_a_backward_ends_it(around):
+    """Python prints an exception in a finalizer or in the callback of a weak reference, and goes on."""
+    model = nn.Sequential(FusedResidualBlock(3, 4, 2, recompute=True), FusedResidualBlock(4, 4, recompute=True))
+    x = images(8)
+
+    def forward():
+        with around():
+            return model(x).square().sum()
+
+    step = lambda model, x: forward().backward()  # noqa: E731
+    expected = [gradient.clone() for gradient in gradients(model, x, step)[1:7]]
+    at = 1
+    while True:
+        loss = forward()
+        if not interrupted(loss.backward, at):
+            break
+        at += 1
+    assert at > 20
+    del loss
+    gc.collect()  # tracebacks of the interrupts
+    assert not alive()
+    assert_same(gradients(model, x, step)[1:7], expected)
+
+
+def test_no_finalizer_and_no_callback_of_a_weak_reference():
+    """What has one loses an interrupt that comes there; so do torch's StorageWeakRef and the collections of weakref."""
+    losing = {"WeakValueDictionary", "WeakKeyDictionary", "WeakSet", "WeakMethod", "finalize", "StorageWeakRef"}
+    files = list(pathlib.Path(resnet_fused.__file__).parent.rglob("*.py"))
+    assert len(files) > 40
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = {getattr(node, "name", None), getattr(node, "attr", None), getattr(node, "id", None)}
+            assert not names & (losing | {"__del__"}), (file, node.lineno)
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("weakref.ref", "ref", "weakref.proxy"):
+                assert len(node.args) == 1, (file, node.lineno)
+
+
+# Streams -----------------------------------------------------------------------------------------------------------
+
+
+class FakeStream:
+    """A stream of a device that is not there; notes whom it waited for."""
+
+    def __init__(self):
+        self.waited = []
+
+    def wait_stream(self, other):
+        self.waited.append(other)
+
+
+class FakeStreams:
+    """Streams for tensors of the CPU, where :mod:`resnet_fused.ops.streams` looks for a device's."""
+
+    def __init__(self, monkeypatch):
+        self.now = FakeStream()
+        self.recorded = []
+        monkeypatch.setattr(streams, "current", lambda tensor: self.now)
+        record = lambda tensor, stream: self.recorded.append((tensor.untyped_storage().data_ptr(), stream))  # noqa: E731
+        monkeypatch.setattr(torch.Tensor, "record_stream", record)
+
+
+def test_a_value_made_on_one_stream_is_handed_to_another(monkeypatch):
+    fake = FakeStreams(monkeypatch)
+    forward = fake.now
+    bn = BatchNormAddReLU2d(3)
+    x = images(requires_grad=True)
+    with recompute():
+        output = bn(x)
+        nodes = [(output * torch.ones_like(x).requires_grad_()).grad_fn for _ in range(3)]
+    expected = output.detach().clone()
+    output_memory, input_memory = output.untyped_storage().data_ptr(), x.untyped_storage().data_ptr()
+    again = []
+    fake.now = first = FakeStream()
+    again.append(nodes[0]._saved_self)  # the output itself, which is there
+    assert first.waited == [forward]
+    assert fake.recorded == [(output_memory, first)]
+
+    del output
+    fake.recorded.clear()
+
+    class Unpack(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            fake.now = second
+            again.append(nodes[1]._saved_self)  # made, on a stream that is not the operator's
+            fake.now = third
+            again.append(nodes[2]._saved_self)  # held
+            return gradient
+
+    second, third = FakeStream(), FakeStream()
+    Unpack.apply(torch.ones(1, requires_grad=True)).sum().backward()
+    assert set(second.waited) == {forward}
+    assert (input_memory, second) in fake.recorded
+    assert third.waited == [second]
+    assert fake.recorded[-1] == (again[2].untyped_storage().data_ptr(), third)
+    assert again[1].data_ptr() == again[2].data_ptr()
+    for value in again:
+        assert torch.equal(value, expected)
+
+
+def test_streams_of_devices():
+    assert streams.current(torch.ones(1)) is None
+    assert streams.current(torch.ones(1, device="meta")) is None
+    value = torch.ones(1)
+    assert streams.handed(value, None) is value
 
 
 # What autograd allows ------------------------------------------------------------------------------------------------
@@ -862,10 +1009,11 @@ def test_without_gradients_nothing_is_noted():
     with torch.inference_mode(), recompute():
         model(images())
     assert len(kept) == 2
-    assert not recomputation._recipes
+    assert not alive()
     with recompute():
-        model(images())
-    assert recomputation._recipes
+        loss = loss_of(model, images())
+    assert alive()
+    del loss
 
 
 def test_sparse_tensors_are_saved_as_they_are():
@@ -881,21 +1029,37 @@ def test_sparse_tensors_are_saved_as_they_are():
 # Max pooling -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize(
-    "arguments", [(2,), (3, 2, 1), ((3, 2), (2, 1), (1, 0)), (3, 1, 1, 2), (3, 2, 1, 1, True)], ids=str
-)
-def test_max_pooling_without_indices(arguments, channels_last, dtype):
-    x = torch.randn(2, 3, 9, 8).relu().round()  # many ties
+POOLS = [
+    (2,),
+    (3, 2, 1),
+    ((3, 2), (2, 1), (1, 0)),
+    (3, 1, 1, 2),
+    (3, 2, 1, 1, True),
+    (2, 3),
+    (1, 2),
+    ((1, 4), (3, 5), (0, 2), (2, 1), True),
+    (8, None, 4, 1, True),
+]
+
+
+@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("form", ["NCHW", "channels_last", "CHW", "sliced", "one channel"])
+@pytest.mark.parametrize("arguments", POOLS, ids=str)
+def test_max_pooling(arguments, form, dtype, recomputed):
+    """The gradient of torch's, and its layout, with many ties, NaN and infinities."""
+    x = torch.randn(2, 6, 9, 8).relu().round()
     x[0, 0, 4, 4] = float("nan")
+    x[0, 1] = float("-inf")
+    x[1, :, :2, :2] = float("inf")
     x = x.to(dtype)
-    if channels_last:
+    if form == "channels_last":
         x = x.contiguous(memory_format=torch.channels_last)
+    x = {"CHW": x[0], "sliced": x[:, ::2, 1:], "one channel": x[:, :1]}.get(form, x)
     grads, saved = [], []
-    for pool in (F.max_pool2d, functional.max_pool2d):
-        leaf = x.clone().requires_grad_()
-        with SavedActivations() as bytes_saved:
+    for pool, context in ((F.max_pool2d, contextlib.nullcontext()), (functional.max_pool2d, recompute(recomputed))):
+        leaf = x.detach().requires_grad_()
+        with SavedActivations() as bytes_saved, context:
             output = pool(leaf, *arguments)
         torch.manual_seed(0)
         output.backward(torch.randn_like(output))
@@ -903,7 +1067,33 @@ def test_max_pooling_without_indices(arguments, channels_last, dtype):
         saved.append(bytes_saved.bytes)
     for mine, its in zip(*grads, strict=True):
         torch.testing.assert_close(mine, its, rtol=0, atol=0, equal_nan=True)
-    assert saved[1] == x.numel() * x.element_size() < saved[0]
+        assert mine.stride() == its.stride()
+    assert saved[1] == (x.untyped_storage().nbytes() if recomputed else 4 * output.numel()) < saved[0]
+
+
+@pytest.mark.parametrize("how", ["data", "in place"])
+def test_max_pooling_of_an_input_that_is_changed_afterwards(how):
+    x = torch.randn(1, 2, 6, 6)
+    other = torch.randn(1, 2, 6, 6)
+    gradient = []
+    for pool in (F.max_pool2d, functional.max_pool2d):
+        leaf = x.clone().requires_grad_()
+        hidden = leaf * 2
+        output = pool(hidden, 2).square().sum()
+        if how == "data":
+            hidden.data = other.clone()
+        elif pool is functional.max_pool2d:
+            hidden.mul_(other)  # torch refuses, for it keeps its input
+        gradient += torch.autograd.grad(output, leaf)
+    assert torch.equal(*gradient)
+
+
+def test_max_pooling_of_planes_whose_indices_take_more_than_32_bits():
+    """Where no data is: what is kept must hold them."""
+    for width, dtype in ((1 << 15, torch.int32), (1 << 16, torch.int64)):
+        x = torch.empty(1, 1, 1 << 15, width, device="meta", requires_grad=True)
+        node = autograd.MaxPool2d.apply(x, (2, None, 0, 1, False), False).grad_fn
+        assert [saved.dtype for saved in node.saved_tensors] == [dtype]
 
 
 def test_max_pooling_with_numbers_of_other_kinds():

@@ -8,14 +8,24 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from test_recompute import MODIFIED, assert_same, assert_same_step, cut, gradients, images, loss_of, randomized, resnet
+from test_recompute import (
+    MODIFIED,
+    alive,
+    assert_same,
+    assert_same_step,
+    cut,
+    gradients,
+    images,
+    loss_of,
+    randomized,
+    resnet,
+)
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from resnet_fused import FusedBottleneck, functional, fuse, fusion_report, memory, recompute, unfuse
 from resnet_fused.measure import LiveMemory, SavedActivations
-from resnet_fused.ops import recomputation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -159,8 +169,7 @@ def test_a_forward_without_a_backward_frees_all():
             assert memory.bytes - before <= 8  # the loss
     finally:
         gc.enable()
-    assert not recomputation._recipes
-    assert not recomputation._kept
+    assert not alive()
 
 
 def _twice(model, x):

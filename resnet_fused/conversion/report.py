@@ -5,12 +5,12 @@ import json
 import sys
 
 import torch
-from tabulate import tabulate
 from torch import nn
 
 from ..modules import BatchNormAddReLU2d, FusedBottleneck, FusedResidualBlock
 from ..ops import backend
 from ..ops.recomputation import COMPILED
+from ..tables import table
 from . import families, own_modules
 from .classes import is_fused
 from .elements import normalized_elements
@@ -109,12 +109,12 @@ class FusionReport:
     def __str__(self) -> str:
         status = {True: "fused", False: "not fused"}
         activation = {True: "recomputed", False: "kept"}
-        table = [
+        rows = [
             (row.name, row.module, status[row.fused], row.operator, activation[row.recompute], row.backend, row.reason)
             for row in self.rows
         ]
         headers = ("BatchNorm", "class", "status", "operator", "activation", "backend", "why not")
-        return f"{tabulate(table, headers=headers, disable_numparse=True)}\n\n{self.summary}" if table else self.summary
+        return f"{table(rows, headers)}\n\n{self.summary}" if rows else self.summary
 
 
 def fusion_report(model: nn.Module, device: torch.device | str | None = None, example_inputs=None) -> FusionReport:

@@ -475,25 +475,43 @@ FUNCTIONS_WITH_UPDATE = {
 
 
 class MaxPool2d(torch.autograd.Function):
-    """Max pooling whose backward runs the forward again for its indices, which take 8 bytes an output each."""
+    """Max pooling that keeps its indices in 4 bytes an output, or none: torch keeps its input, and indices of 8 bytes.
+
+    One byte, for a place in the window, would take as many passes over the indices as pooling takes altogether.
+    """
 
     @staticmethod
-    def forward(ctx, input: Tensor, arguments: tuple) -> Tensor:
-        """``arguments`` are those of :func:`torch.nn.functional.max_pool2d` after the input."""
+    def forward(ctx, input: Tensor, arguments: tuple, keeps_input: bool) -> Tensor:
+        """``arguments`` are those of :func:`torch.nn.functional.max_pool2d` after the input.
+
+        With ``keeps_input`` the backward finds the maxima in it again: it may be an activation that is recomputed.
+        """
         ctx.arguments = arguments
-        ctx.save_for_backward(input)
-        return F.max_pool2d(input, *arguments)
+        if keeps_input:
+            ctx.save_for_backward(input)
+            return F.max_pool2d(input, *arguments)
+        output, indices = F.max_pool2d(input, *arguments, return_indices=True)
+        # An index is a place in a plane.
+        is_small = input.shape[-1] * input.shape[-2] <= torch.iinfo(torch.int32).max
+        ctx.save_for_backward(indices.to(torch.int32) if is_small else indices)
+        ctx.input = torch.empty_like(input, device="meta")
+        return output
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
-        """torch's own, with indices that are the same for the same input."""
-        (input,) = ctx.saved_tensors
-        kernel_size, stride, *others = ctx.arguments
-        arguments = kernel_size, [] if stride is None else stride, *others
-        input = input.detach()  # it decides where a gradient goes, and has none of its own
-        _, indices = torch.ops.aten.max_pool2d_with_indices.default(input, *map(_pair, arguments[:-1]), arguments[-1])
+        """torch's own, with the same indices."""
+        kernel_size, stride, padding, dilation, ceil_mode = ctx.arguments
+        sizes = kernel_size, [] if stride is None else stride, padding, dilation
+        arguments = *map(_pair, sizes), ceil_mode
+        (saved,) = ctx.saved_tensors
+        if hasattr(ctx, "input"):
+            # Its values do not count, its sizes and memory format do.
+            input, indices = torch.empty_like(ctx.input, device=grad_output.device), saved.long()
+        else:
+            input = saved.detach()  # it decides where a gradient goes, and has none of its own
+            _, indices = torch.ops.aten.max_pool2d_with_indices.default(input, *arguments)
         backward = torch.ops.aten.max_pool2d_with_indices_backward.default
-        return backward(grad_output, input, *map(_pair, arguments[:-1]), arguments[-1], indices), None
+        return backward(grad_output, input, *arguments, indices), None, None
 
 
 def _pair(value):

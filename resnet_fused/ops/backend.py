@@ -13,7 +13,7 @@ import contextvars
 import functools
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -60,7 +60,13 @@ def current() -> str:
     return _choice.get()
 
 
-@torch.compiler.assume_constant_result
+def _constant_while_compiling(function: Callable) -> Callable:
+    """``torch.compiler.assume_constant_result``, which imports Dynamo: a second and 160 MB for who compiles nothing."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@_constant_while_compiling
 def _current_while_compiling() -> str:
     """The choice as a constant of the compiled graph: Dynamo of some torch versions cannot trace a context variable."""
     return _choice.get()
@@ -155,7 +161,7 @@ def _install() -> None:
 _found: set[str] = set()
 
 
-@torch.compiler.assume_constant_result
+@_constant_while_compiling
 def _server_while_compiling(kind: str, index: int | None, choice: str) -> str:
     """A constant of the compiled graph: Dynamo need not trace what asks the driver."""
     return _serving(kind, index, choice)[0]

@@ -49,10 +49,8 @@ def same_shape(other: Tensor | None, name: str, input: Tensor) -> None:
 
 def same_device(other: Tensor, name: str, input: Tensor) -> None:
     """``other`` is where ``input`` is."""
-    torch._check(
-        other.device == input.device,
-        lambda: f"{name} must be on the device of input, got {other.device} and {input.device}",
-    )
+    if other.device != input.device:  # not torch._check, whose message Dynamo does not trace
+        raise RuntimeError(f"{name} must be on the device of input, got {other.device} and {input.device}")
 
 
 def per_channel(vector: Tensor | None, name: str, input: Tensor) -> None:

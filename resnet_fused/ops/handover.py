@@ -25,6 +25,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import streams
+
 ENABLED = os.environ.get("RESNET_FUSED_HANDOVER") == "1"
 
 _task = torch._C._current_graph_task_id
@@ -110,7 +112,7 @@ def give(node, edge: int, weight: int, gradient: Tensor) -> bool:
         return False
     if _is_looked_at(taker) or not _brings_all(edges[weight][0]) or not _will_run(taker):
         return False
-    mine = _Given(task, gradient, _stream(gradient))
+    mine = _Given(task, gradient, streams.current(gradient))
     # Two threads may run backward through one graph.
     return taker.__dict__.setdefault("given", mine) is mine
 
@@ -121,10 +123,7 @@ def taken(node) -> Tensor | None:
     if given is None or given.task != _task():
         return None  # it may be of another thread, or of a backward that failed; then nothing is left here again
     del node.given
-    if given.stream is not None and (current := _stream(given.gradient)) != given.stream:
-        current.wait_stream(given.stream)
-        given.gradient.record_stream(current)
-    return given.gradient
+    return streams.handed(given.gradient, given.stream)
 
 
 def both(node, grad_output: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -164,9 +163,3 @@ def _output(node: Node) -> Tensor | None:
     if output is not None:
         output._fix_weakref()
     return output
-
-
-def _stream(tensor: Tensor):
-    if tensor.device.type in ("cpu", "meta"):
-        return None
-    return torch.get_device_module(tensor.device).current_stream(tensor.device)

@@ -11,22 +11,23 @@ becomes a use of its recipe.
     _Use     one who will ask for the value of a Packed or a Recipe: a node of the graph, or a recipe above
     _Owner   what keeps a recipe until somebody uses it: among the tensors that the operator itself saved
 
-A value is made when the first use asks for it, stays while others have yet to ask, and at most until the backward ends.
-Nothing here refers to an output or to a node, so that a graph is freed by reference counts alone.
+A value is made when the first use asks for it, stays while others have yet to ask, and at most until the backward
+ends: each of them holds it, and the last to let go frees it. Nothing here refers to an output or to a node, so that a
+graph is freed by reference counts alone. What is known of a tensor is found on its storage, by weak references. So
+there is no finalizer, and no callback of a weak reference: Python would print an interrupt that comes in one of these,
+and go on.
 """
 
 import collections
 import contextlib
 import math
-import threading
 import weakref
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
-from . import layout
+from . import layout, streams
 from .dispatch import below_autograd
 
 _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
@@ -42,9 +43,6 @@ HELD_CHAIN = 8
 CONVOLUTIONS = "convolutions"
 
 COMPILED = "torch.compile decides what is kept and what is made again"
-
-# Reentrant, for the garbage collector may run the end of a use while it is held.
-_lock = threading.RLock()
 
 
 class Kept:
@@ -76,83 +74,93 @@ class Kept:
 class _Use:
     """One who asks for a value, in each backward once; ``view`` is size, stride and offset of a part of it."""
 
-    __slots__ = ("source", "view")
+    __slots__ = ("__weakref__", "held", "source", "view")
 
     def __init__(self, source: "_Shared", view: tuple | None = None):
         self.source = source
         self.view = view
-        with _lock:
-            source.uses.add(id(self))
+        self.held: _Held | None = None
+        source.uses.add(weakref.ref(self))
 
     def take(self) -> Tensor:
         """The value."""
-        value = self.source.value_for(self)
+        return self.viewed(self.source.value())
+
+    def viewed(self, value: Tensor) -> Tensor:
+        """The use's part of the value, which it holds no longer."""
+        self.held = None
         return value if self.view is None else value.as_strided(*self.view)
 
-    def __del__(self):
-        source = getattr(self, "source", None)
-        if source is not None:
-            with _lock:
-                source.uses.discard(id(self))
-                source.served(self)
+
+class _Held:
+    """A value that was made, for the uses that hold this; and behind which stream."""
+
+    __slots__ = ("__weakref__", "stream", "value")
+
+    def __init__(self, value: Tensor):
+        self.value: Tensor | None = value
+        self.stream = streams.current(value)
 
 
 class _Shared:
     """A value with several uses, made for the first of them."""
 
-    __slots__ = ("__weakref__", "outer", "uses", "value", "waiting")
+    __slots__ = ("__weakref__", "held", "outer", "uses")
 
     def __init__(self, outer: tuple[Callable, Callable] | None):
         self.outer = outer
-        self.uses: set[int] = set()
-        self.waiting: set[int] = set()
-        self.value: Tensor | None = None
+        self.uses: set[weakref.ref[_Use]] = set()
+        self.held: weakref.ref[_Held] | None = None
 
-    def value_for(self, use: _Use) -> Tensor:
+    def value(self) -> Tensor:
         raise NotImplementedError
+
+    def at_hand(self) -> Tensor | None:
+        """The value where it need not be made."""
+        held = None if self.held is None else self.held()
+        value = None if held is None else held.value
+        return None if value is None else streams.handed(value, held.stream)
 
     def hold(self, value: Tensor) -> None:
         """Keeps a value until all present uses are served, outside of a backward not at all."""
-        if len(self.uses) <= 1 or torch._C._current_graph_task_id() == -1:
+        uses = []
+        for reference in tuple(self.uses):  # another thread may add some
+            use = reference()
+            if use is None:
+                self.uses.discard(reference)
+            else:
+                uses.append(use)
+        if len(uses) <= 1 or torch._C._current_graph_task_id() == -1:
             return  # the one who asked has it
-        with _lock:
-            self.value, self.waiting = value, set(self.uses)
-        reference = weakref.ref(self)
+        held = _Held(value)
+        reference = self.held = weakref.ref(held)
 
         def end_of_backward():
-            source = reference()
-            if source is not None:
-                source.value = None
+            held = reference()
+            if held is not None:
+                held.value = None
 
         # A backward of a part of the graph serves a part of the uses.
         torch.autograd.Variable._execution_engine.queue_callback(end_of_backward)
-
-    def served(self, use: _Use) -> None:
-        """Notes that a use has its value, or will never ask."""
-        with _lock:
-            self.waiting.discard(id(use))
-            if not self.waiting:
-                self.value = None
+        for use in uses:
+            use.held = held
 
 
 class Packed(_Shared):
     """What the hooks around ours made of a tensor. A backward asks them for it once: checkpointing insists on that."""
 
-    __slots__ = ("packed", "storage")
+    __slots__ = ("packed",)
 
     def __init__(self, tensor: Tensor, outer: tuple[Callable, Callable]):
         super().__init__(outer)
-        # As long as it lives, no other storage is given the address that this is found by.
-        self.storage = StorageWeakRef(tensor.untyped_storage())
         self.packed = outer[0](tensor)
 
-    def value_for(self, use: _Use) -> Tensor:
+    def value(self) -> Tensor:
         """The tensor, from the hooks or from the last time they were asked."""
-        value = self.value
+        value = self.at_hand()
         if value is None:
             value = self.outer[1](self.packed)
             self.hold(value)
-        self.served(use)
         return value
 
 
@@ -164,37 +172,37 @@ class Recipe(_Shared):
             than held since it was made for a value above.
         operands, vectors: what it is made of, each None, a Kept or a use of something else.
         strides: of the first operand, whose layout the output takes over, and of the output.
+        stream: that it ran on, as those who made the operands and the vectors, or behind them.
         version: of the output, when it is what the recipe makes.
         thinned: whether it was made for a long chain and not held, so that it stands between two anchors.
     """
 
-    __slots__ = ("dtype", "operands", "output", "run", "storage", "strides", "thinned", "vectors", "version")
+    __slots__ = ("dtype", "operands", "output", "run", "stream", "strides", "thinned", "vectors", "version")
 
     def __init__(self, output: Tensor, outer, run: Callable, operands: tuple, vectors: tuple, strides: tuple[int, ...]):
         super().__init__(outer)
         self.run, self.operands, self.vectors, self.strides = run, operands, vectors, (strides, output.stride())
         self.dtype, self.version = output.dtype, output._version
-        self.storage = StorageWeakRef(output.untyped_storage())
+        self.stream = streams.current(output)
         self.thinned = False
         self.output = weakref.ref(output)
+        output.untyped_storage()._resnet_fused_recipe = weakref.ref(self)
 
     def at_hand(self) -> Tensor | None:
         """The value where it need not be made: held, or the output itself, which somebody else keeps."""
-        if self.value is not None:
-            return self.value
+        value = super().at_hand()
+        if value is not None:
+            return value
         output = self.output()
         if output is None:
             return None
         output._fix_weakref()
-        return output.detach() if output._version == self.version else None
+        return streams.handed(output.detach(), self.stream) if output._version == self.version else None
 
-    def value_for(self, use: _Use) -> Tensor:
+    def value(self) -> Tensor:
         """The value, at hand or made."""
         value = self.at_hand()
-        if value is None:
-            value = _make(self)
-        self.served(use)
-        return value
+        return _make(self) if value is None else value
 
     def below(self):
         """The recipes that this one is made of, the residual first: of a chain of blocks, each main branch is then made
@@ -209,16 +217,17 @@ class Recipe(_Shared):
         operands = []
         for operand in self.operands:
             if type(operand) is _Use and operand.source in made:
-                value = made[operand.source]
-                operand.source.served(operand)
-                operands.append(value if operand.view is None else value.as_strided(*operand.view))
+                operands.append(operand.viewed(made[operand.source]))
             else:
-                operands.append(None if operand is None else operand.take())
+                operands.append(self._taken(operand))
         operands[0] = layout.restored(operands[0], self.strides[0])
-        vectors = [None if vector is None else vector.take() for vector in self.vectors]
+        vectors = [self._taken(vector) for vector in self.vectors]
         with torch.no_grad(), below_autograd():
             # A weight that hooks gave back in another layout may give a convolution's output another.
             return layout.restored(self.run(operands, vectors), self.strides[1])
+
+    def _taken(self, link: Kept | _Use | None) -> Tensor | None:
+        return None if link is None else streams.handed(link.take(), self.stream)
 
 
 def _make(target: Recipe) -> Tensor:
@@ -274,14 +283,10 @@ class _Owner:
         return self.kept.take()
 
 
-# By the storage of the output, and by what a tensor is in memory.
-_recipes: "weakref.WeakValueDictionary[int, Recipe]" = weakref.WeakValueDictionary()
-_kept: "weakref.WeakValueDictionary[tuple, Kept | Packed]" = weakref.WeakValueDictionary()
-
-
 def recipe_of(tensor: Tensor, outer: tuple[Callable, Callable] | None) -> Recipe | None:
     """The recipe of the output that ``tensor`` is or is a view of, unless somebody has written to it."""
-    recipe = _recipes.get(tensor.untyped_storage()._cdata)
+    reference = getattr(tensor.untyped_storage(), "_resnet_fused_recipe", None)
+    recipe = None if reference is None else reference()
     if recipe is None or recipe.version != tensor._version or recipe.dtype != tensor.dtype:
         return None
     if tensor.is_conj() or tensor.is_neg():
@@ -296,8 +301,8 @@ def _identity(outer) -> int:
 
 
 def _key(tensor: Tensor, outer) -> tuple:
-    storage, view = tensor.untyped_storage()._cdata, (tensor.size(), tensor.stride(), tensor.storage_offset())
-    return storage, _identity(outer), tensor._version, tensor.dtype, tensor.is_conj(), tensor.is_neg(), view
+    view = tensor.size(), tensor.stride(), tensor.storage_offset()
+    return _identity(outer), tensor._version, tensor.dtype, tensor.is_conj(), tensor.is_neg(), view
 
 
 def _link(tensor: Tensor | None, outer, keep: bool = True):
@@ -307,15 +312,21 @@ def _link(tensor: Tensor | None, outer, keep: bool = True):
     recipe = recipe_of(tensor, outer)
     if recipe is not None:
         return _Use(recipe, (tensor.size(), tensor.stride(), tensor.storage_offset()))
+    # What stands for the tensors of a storage; of a weight's, of each step anew.
+    known = tensor.untyped_storage().__dict__.setdefault("_resnet_fused_kept", {})
     key = _key(tensor, outer)
-    kept = _kept.get(key)
+    reference = known.get(key)
+    kept = None if reference is None else reference()
     if kept is None:
         if not keep:
             return None
-        # It may be the output of the node that saves it, whose graph would then keep itself; and ``tensor.data = ...``
-        # gives the storage away, whose address is in the key.
+        # Detached: it may be the output of the node that saves it, whose graph would then keep itself.
         tensor = tensor.detach()
-        kept = _kept[key] = Kept(tensor) if outer is None else Packed(tensor, outer)
+        kept = Kept(tensor) if outer is None else Packed(tensor, outer)
+        for other, reference in tuple(known.items()):
+            if reference() is None:
+                known.pop(other, None)
+        known[key] = weakref.ref(kept)
     return kept if type(kept) is Kept else _Use(kept)
 
 
@@ -496,7 +507,6 @@ def _note(output: Tensor, operands: tuple, vectors: tuple, run: Callable) -> Non
     # nobody has changed them the operator's own backward checks.
     vectors = tuple(_link(_copied(v) if i % 4 == 0 else v, outer) for i, v in enumerate(vectors))
     recipe = Recipe(output, outer, run, tuple(links), vectors, input.stride())
-    _recipes[recipe.storage.cdata] = recipe
     # The last vector of the first branch is this call's own, and the operator is about to save it.
     scope.pending = _source(vectors[3]), recipe
 
@@ -513,9 +523,7 @@ def note_convolution(scope: Scope, output, input, weight, bias, run: Callable) -
     outer = scope.outer
     links = _link(input, outer), None
     vectors = _link(weight, outer), _link(_copied(bias), outer)
-    recipe = Recipe(output, outer, run, links, vectors, input.stride())
-    _recipes[recipe.storage.cdata] = recipe
-    scope.convolutions.append(recipe)
+    scope.convolutions.append(Recipe(output, outer, run, links, vectors, input.stride()))
 
 
 class _Run:
