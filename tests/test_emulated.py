@@ -43,6 +43,32 @@ def test_any_order_of_blocks_gives_the_same_bits(shape, form, layout, training, 
                 assert torch.equal(value, expected[name]), name
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("form", ["bn_add_relu", "dual_relu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=oracle.dtype_name)
+def test_reductions_fill_the_device(dtype, form, layout, monkeypatch, device):
+    """A kernel that was not allowed its shared memory before its occupancy was asked for ran on four blocks."""
+    import cuda_on_cpu
+
+    monkeypatch.setenv("RESNET_FUSED_ON_CHIP", "0")
+    batch, channels, *positions = shape = (4, 256, 28, 28)
+    count = batch * positions[0] * positions[1]
+    case = oracle.make_case(shape, dtype, device, form, True, layout)
+    with cuda_on_cpu.trace() as launches:
+        oracle.fused(case)
+    reductions = [launch for launch in launches if "statistics" in launch.name or "reduce" in launch.name]
+    assert len(reductions) == 2
+    for launch in reductions:
+        # An H100 has 132 multiprocessors of 2048 threads and 228 KiB, of which a block takes one for itself.
+        per_processor = min(
+            2048 // launch.block[0], 228 * 1024 // (launch.static_shared + launch.dynamic_shared + 1024)
+        )
+        # A thread of rows reads 16 bytes of 4 or 8 rows at a time, and a block of planes has a channel.
+        rows = {torch.float32: 4, torch.bfloat16: 8}[dtype]
+        blocks = -(-count * channels * dtype.itemsize // 16 // (256 * rows)) if layout == "channels_last" else channels
+        assert launch.grid[0] >= 0.9 * min(132 * per_processor // launch.grid[1], blocks), launch
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_any_number_of_threads_gives_the_same_bits(threads, device):
     import cuda_on_cpu

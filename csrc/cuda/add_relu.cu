@@ -90,7 +90,9 @@ cudaError_t launch_add_relu(Dtype dtype, const void* input, const void* residual
     if (wide) return {add_relu_forward_kernel<T, V>, V};
     return {add_relu_forward_kernel<T, 1>, 1};
   });
-  const WalkPlan plan = plan_walk(as_plane(numel), choice.v, kUnroll, address_of(choice.kernel));
+  WalkPlan plan;
+  const cudaError_t error = plan_walk(plan, as_plane(numel), choice.v, kUnroll, address_of(choice.kernel));
+  if (error != cudaSuccess) return error;
   choice.kernel<<<plan.grid, plan.block, 0, launch.stream>>>(input, residual, output, mask, plan.walk);
   return cudaGetLastError();
 }
@@ -104,7 +106,9 @@ cudaError_t launch_add_relu_backward(Dtype dtype, const void* grad_output, const
     if (wide) return {add_relu_backward_kernel<T, V>, V};
     return {add_relu_backward_kernel<T, 1>, 1};
   });
-  const WalkPlan plan = plan_walk(as_plane(numel), choice.v, kUnroll, address_of(choice.kernel));
+  WalkPlan plan;
+  const cudaError_t error = plan_walk(plan, as_plane(numel), choice.v, kUnroll, address_of(choice.kernel));
+  if (error != cudaSuccess) return error;
   choice.kernel<<<plan.grid, plan.block, 0, launch.stream>>>(grad_output, mask, grad_input, plan.walk);
   return cudaGetLastError();
 }

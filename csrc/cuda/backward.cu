@@ -158,7 +158,9 @@ cudaError_t launch_backward(Dtype dtype, const BackwardArguments& arguments, con
       shape.inner() * size_of(dtype),
       {g.grad_output, g.grad_output2, g.first.input, g.second.input, g.grad_input, g.grad_input2, g.grad_residual});
   const Choice choice = dispatch(dtype, [&]<typename T>() { return choose<T>(bytes, shape.rows, g.two); });
-  const WalkPlan plan = plan_walk(shape, choice.v, choice.unroll, address_of(choice.kernel));
+  WalkPlan plan;
+  const cudaError_t error = plan_walk(plan, shape, choice.v, choice.unroll, address_of(choice.kernel));
+  if (error != cudaSuccess) return error;
   choice.kernel<<<plan.grid, plan.block, 0, launch.stream>>>(arguments, plan.walk);
   return cudaGetLastError();
 }

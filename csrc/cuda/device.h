@@ -9,16 +9,14 @@
 
 namespace resnet_fused::cuda {
 
-// Blocks of a kernel that the current device holds at once; 0 where it holds none.
-int64_t resident_blocks(const void* kernel, int threads, int64_t shared_bytes);
+// Blocks of a kernel that the current device holds at once, at least one. Every launch asks, and asks here: more dynamic shared memory
+// than the 48 KiB that a kernel has by default is allowed to it first, without which the occupancy would be 0.
+cudaError_t resident_blocks(const void* kernel, int threads, int64_t shared_bytes, int64_t& blocks);
 
 int device_attribute(cudaDeviceAttr attribute);
 
 // More than any kernel here has of its own shared memory (docs/kernels.md), which counts with the dynamic one.
 constexpr int64_t kOwnShared = 16 * 1024;
-
-// Lets a kernel have more shared memory than the 48 KiB that need no asking.
-cudaError_t allow_shared(const void* kernel, int64_t shared_bytes);
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }

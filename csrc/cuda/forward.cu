@@ -114,7 +114,9 @@ cudaError_t launch_forward(Dtype dtype, const ForwardArguments& arguments, const
   const int bytes = access_bytes(shape.inner() * size_of(dtype),
                                  {arguments.first.input, arguments.second.input, arguments.residual, arguments.output});
   const Choice choice = dispatch(dtype, [&]<typename T>() { return choose<T>(bytes, shape.rows, second); });
-  const WalkPlan plan = plan_walk(shape, choice.v, choice.unroll, address_of(choice.kernel));
+  WalkPlan plan;
+  const cudaError_t error = plan_walk(plan, shape, choice.v, choice.unroll, address_of(choice.kernel));
+  if (error != cudaSuccess) return error;
   choice.kernel<<<plan.grid, plan.block, 0, launch.stream>>>(arguments, plan.walk);
   return cudaGetLastError();
 }

@@ -64,7 +64,7 @@ inline OnChip plan_on_chip(const Shape& shape, int sums, int v, int unroll, int 
   if (!device_attribute(cudaDevAttrCooperativeLaunch)) return {};
   for (int64_t per_processor = 4; per_processor > 0; --per_processor) {
     const int64_t blocks = per_processor * processors;
-    SumsPlan plan = plan_sums(shape, sums, v, unroll, group, 1, 1, [&](int, int64_t) { return blocks; });
+    SumsPlan plan = plan_sums(shape, sums, v, unroll, group, 1, [&](int, int64_t) { return blocks; });
     const SumsWalk& w = plan.walk;
     plan.grid = grid_size(std::min(w.items, blocks));
     if (shape.rows && w.items > blocks) continue;
@@ -72,8 +72,9 @@ inline OnChip plan_on_chip(const Shape& shape, int sums, int v, int unroll, int 
         divide_up(w.chunks, w.splits) * (shape.rows ? group : unroll * divide_up(w.items, plan.grid));
     plan.shared_bytes += places * packs * plan.block * 16;
     if (plan.shared_bytes + kOwnShared > most) continue;
-    if (allow_shared(kernel, plan.shared_bytes) != cudaSuccess) continue;
-    if (resident_blocks(kernel, static_cast<int>(plan.block), plan.shared_bytes) < int64_t{plan.grid}) continue;
+    int64_t resident = 0;
+    if (resident_blocks(kernel, static_cast<int>(plan.block), plan.shared_bytes, resident) != cudaSuccess) continue;
+    if (resident < int64_t{plan.grid}) continue;
     return {true, plan};
   }
   return {};

@@ -88,8 +88,8 @@ cudaError_t launch_reduce(Dtype dtype, const ReduceArguments& arguments, const L
   });
   const int sums = g.two ? 3 : 2;
   const int group = size_of(dtype) == 2 ? 8 : 4;
-  SumsPlan plan = plan_sums(shape, sums, choice.v, choice.unroll, group, 1, address_of(choice.kernel));
-  cudaError_t error = allow_shared(address_of(choice.kernel), plan.shared_bytes);
+  SumsPlan plan;
+  cudaError_t error = plan_sums(plan, shape, sums, choice.v, choice.unroll, group, 1, address_of(choice.kernel));
   if (error == cudaSuccess) error = allocate_scratch(plan, 1, launch);
   if (error != cudaSuccess) return error;
   choice.kernel<<<plan.grid, plan.block, static_cast<size_t>(plan.shared_bytes), launch.stream>>>(arguments, plan.walk);

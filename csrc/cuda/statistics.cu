@@ -119,9 +119,9 @@ cudaError_t launch_statistics(Dtype dtype, const StatisticsArguments& arguments,
   const int bytes = access_bytes(shape.inner() * size_of(dtype), {arguments.first.input, arguments.second.input});
   const Choice choice = dispatch(dtype, [&]<typename T>() { return choose<T>(bytes, shape.rows); });
   const int group = size_of(dtype) == 2 ? 8 : 4;
-  SumsPlan plan =
-      plan_sums(shape, kSums, choice.v, choice.unroll, group, arguments.branches, address_of(choice.kernel));
-  cudaError_t error = allow_shared(address_of(choice.kernel), plan.shared_bytes);
+  SumsPlan plan;
+  cudaError_t error =
+      plan_sums(plan, shape, kSums, choice.v, choice.unroll, group, arguments.branches, address_of(choice.kernel));
   if (error == cudaSuccess) error = allocate_scratch(plan, arguments.branches, launch);
   if (error != cudaSuccess) return error;
   const dim3 grid(plan.grid, static_cast<unsigned>(arguments.branches));

@@ -417,10 +417,9 @@ struct SumsPlan {
   int64_t partial_doubles, counters;  // of one branch
 };
 
-// Enough blocks to fill the device, resident(threads, shared bytes), each with a few chunks to do.
+// Enough blocks to fill the device, resident(threads, shared bytes), each with a chunk or more to do.
 template <typename Resident>
-SumsPlan plan_sums(const Shape& shape, int sums, int v, int unroll, int group, int branches, int64_t least_chunks,
-                   const Resident& resident) {
+SumsPlan plan_sums(const Shape& shape, int sums, int v, int unroll, int group, int branches, const Resident& resident) {
   SumsPlan plan{};
   SumsWalk& w = plan.walk;
   w.inner = shape.inner();
@@ -450,8 +449,7 @@ SumsPlan plan_sums(const Shape& shape, int sums, int v, int unroll, int group, i
     groups = w.channels;
   }
   const int64_t blocks = resident(static_cast<int>(plan.block), plan.shared_bytes);
-  w.splits = std::clamp<int64_t>(blocks / std::max<int64_t>(groups * branches, 1), 1,
-                                 std::max<int64_t>(w.chunks / least_chunks, 1));
+  w.splits = std::clamp<int64_t>(blocks / std::max<int64_t>(groups * branches, 1), 1, std::max<int64_t>(w.chunks, 1));
   w.items = groups * w.splits;
   constexpr int64_t kFew = 32;
   w.group_splits = w.splits <= kFew ? w.splits : kFew;
@@ -478,11 +476,15 @@ SumsPlan plan_sums(const Shape& shape, int sums, int v, int unroll, int group, i
   return plan;
 }
 
-inline SumsPlan plan_sums(const Shape& shape, int sums, int v, int unroll, int group, int branches,
-                          const void* kernel) {
-  constexpr int64_t kLeastChunks = 2;
-  return plan_sums(shape, sums, v, unroll, group, branches, kLeastChunks,
-                   [&](int threads, int64_t shared_bytes) { return resident_blocks(kernel, threads, shared_bytes); });
+inline cudaError_t plan_sums(SumsPlan& plan, const Shape& shape, int sums, int v, int unroll, int group, int branches,
+                             const void* kernel) {
+  cudaError_t error = cudaSuccess;
+  plan = plan_sums(shape, sums, v, unroll, group, branches, [&](int threads, int64_t shared_bytes) {
+    int64_t blocks = 1;
+    error = resident_blocks(kernel, threads, shared_bytes, blocks);
+    return blocks;
+  });
+  return error;
 }
 
 // Scratch memory for blocks that share a channel: their sums, and counters that begin at zero.

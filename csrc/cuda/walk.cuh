@@ -192,8 +192,8 @@ struct WalkPlan {
 };
 
 // As many blocks as the device holds, or fewer where there is less to do.
-inline WalkPlan plan_walk(const Shape& shape, int v, int unroll, const void* kernel) {
-  WalkPlan plan{};
+inline cudaError_t plan_walk(WalkPlan& plan, const Shape& shape, int v, int unroll, const void* kernel) {
+  plan = {};
   Walk& w = plan.walk;
   const int lanes_per_byte = 8 / v;
   w.runs = shape.runs();
@@ -202,7 +202,9 @@ inline WalkPlan plan_walk(const Shape& shape, int v, int unroll, const void* ker
   w.mask_bytes = shape.mask_bytes();
   w.slots = w.mask_bytes * lanes_per_byte;
   plan.block = kThreads;
-  const int64_t resident = resident_blocks(kernel, kThreads, 0);
+  int64_t resident = 1;
+  const cudaError_t error = resident_blocks(kernel, kThreads, 0, resident);
+  if (error != cudaSuccess) return error;
   if (shape.rows) {
     const int64_t widest = kTileChannels / v;
     w.tiles = divide_up(w.slots, widest);
@@ -223,7 +225,7 @@ inline WalkPlan plan_walk(const Shape& shape, int v, int unroll, const void* ker
     w.thread_step = step(kThreads);
     w.chunk_step = step(chunk * plan.grid);
   }
-  return plan;
+  return cudaSuccess;
 }
 
 }  // namespace resnet_fused::cuda
