@@ -40,19 +40,22 @@ class Fused:
         _fusion_is_chain: whether it is a Sequential, whose open forward also takes a value that waits.
     """
 
-    _fusion_base: type[nn.Module]
-    _fusion_recompute: bool | str
-    _fusion_methods: tuple[str, ...]
-    _fusion_open: Callable | None
-    _fusion_is_chain: bool
+    # No annotations: torch.jit would find them in the place of those of the base.
 
-    def __init_subclass__(cls, **_):
-        # Ends here: a user's __init_subclass__ registers or checks classes of the user's, and this is none.
-        pass
+    def __init_subclass__(cls, **arguments):
+        if "_fusion_base" in vars(cls):
+            # Ends here: a user's __init_subclass__ registers or checks classes of the user's, and this is none.
+            return
+        # FSDP and parametrizations make such a class, and anybody may.
+        super().__init_subclass__(**arguments)
+        if why_overridden(cls) is not None or cls.__call__ is not nn.Module.__call__:
+            cls._fusion_open = None
 
     def __reduce_ex__(self, protocol):
-        # pickle and deepcopy find classes by name, which a class made at run time does not have.
         reduced = super().__reduce_ex__(max(protocol, 2))
+        if is_changed(self):
+            return reduced
+        # pickle and deepcopy find classes by name, which a class made at run time does not have.
         # What is known of the classes of its parts must be known where it is loaded.
         parts = {type(part) for part in self.modules() if KINDS.get(type(part)) is not None}
         parts = sorted(
@@ -101,18 +104,34 @@ def fused_class(
     members |= {"_fusion_base": base, "_fusion_recompute": recompute, "_fusion_is_chain": is_chain}
     members |= {"_fusion_methods": tuple(name for name, _ in methods)}
     # The name of the original, so that printing a fused model reads as before.
-    members |= {"__module__": __name__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    members |= {"__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    # torch treats what it believes to be its own otherwise.
+    members["__module__"] = __name__ if base.__module__.startswith("torch.") else base.__module__
     return types.new_class(base.__name__, (Fused, base), exec_body=lambda namespace: namespace.update(members))
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Whether the class of ``module`` is one that :func:`fused_class` made, and not a subclass of that."""
-    return "_fusion_base" in vars(type(module))
+    """Whether the class of ``module`` is one that :func:`fused_class` made, or a subclass of that."""
+    return isinstance(module, Fused)
+
+
+def is_changed(module: nn.Module) -> bool:
+    """Whether the class of a fused module was changed since, to a subclass."""
+    return "_fusion_base" not in vars(type(module))
 
 
 def base_of(module: nn.Module) -> type[nn.Module]:
     """The class that ``module`` has, or had before it was fused."""
     return type(module)._fusion_base if is_fused(module) else type(module)
+
+
+def why_overridden(cls: type[nn.Module]) -> str | None:
+    """Why the rewritten methods of a fused class are not those of its subclass ``cls``; None where they are."""
+    fused = next(base for base in cls.__mro__ if "_fusion_base" in vars(base))
+    for name in fused._fusion_methods:
+        if inspect.getattr_static(cls, name) is not vars(fused)[name]:
+            return f"its {name} is another one in the class {cls.__name__}"
+    return None
 
 
 def _recomputing(method: types.FunctionType, recompute: bool | str) -> types.FunctionType:

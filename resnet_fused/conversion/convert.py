@@ -8,7 +8,7 @@ from torch import jit, nn
 from .. import bypass
 from ..ops.recomputation import checked
 from . import families
-from .classes import Fused, base_of, is_fused
+from .classes import base_of, is_changed, is_fused
 from .flow import Flow
 from .methods import class_for
 from .selection import Selection
@@ -65,6 +65,9 @@ def fuse(
     _check(model)
     checked(recompute)
     selection = Selection(model, include, exclude)
+    _check_changed(
+        model, lambda module: module._fusion_recompute == recompute and id(module) not in selection.limited
+    )
     if verify:
         verify_conversion(
             model, lambda copied: _convert(copied, recompute, Selection(copied, include, exclude)), example_inputs
@@ -83,6 +86,8 @@ def _convert(model: nn.Module, recompute: bool | str, selection: Selection) -> N
             _unfuse(module)
     needed = Flow(model, selection.allows, hopeful=True).needed
     for module in list(model.modules()):
+        if is_fused(module) and is_changed(module):
+            continue
         if is_fused(module) or (id(module) in needed and selection.allows(module)):
             # Not by a __setattr__ of the class's own.
             object.__setattr__(module, "__class__", class_for(base_of(module), recompute))
@@ -102,17 +107,20 @@ def unfuse(model: Model) -> Model:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"unfuse() takes a torch.nn.Module, got {type(model).__name__}")
-    fused = [(name, module) for name, module in model.named_modules() if isinstance(module, Fused)]
-    for name, module in fused:
-        if not is_fused(module):
-            raise TypeError(
-                f"the class of {name or 'the model'} was changed to {type(module).__name__} after fuse(): "
-                "undo that first"
-            )
+    _check_changed(model)
     for module in model.modules():
         _unfuse(module)
         module.__dict__.pop(bypass.EXCLUDED, None)
     return model
+
+
+def _check_changed(model: nn.Module, keeps=lambda module: False) -> None:
+    for name, module in model.named_modules():
+        if is_fused(module) and is_changed(module) and not keeps(module):
+            raise TypeError(
+                f"the class of {name or 'the model'} was changed to {type(module).__name__} after fuse(): "
+                "undo that first"
+            )
 
 
 def _check(model: nn.Module) -> None:
