@@ -4,6 +4,7 @@ import fnmatch
 from collections.abc import Iterable
 
 from torch import nn
+from torch.fx import GraphModule
 
 from ..modules import FusedBottleneck, FusedResidualBlock
 from . import families, kinds, methods
@@ -70,7 +71,7 @@ class Selection:
             return "it is fused as it stands"
         try:
             if not methods.is_chain(cls):
-                if _is_torchs(cls):
+                if _is_torchs(cls) and not issubclass(cls, GraphModule):
                     made_of = next((base.__name__ for base in cls.__mro__[:-1] if not _is_torchs(base)), None)
                     if made_of is not None:  # by fully_shard
                         return f"torch made {cls.__name__} of {made_of}: fuse before that"
