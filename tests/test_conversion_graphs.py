@@ -390,6 +390,8 @@ def test_torchs_own_table_leaves_the_operators():
 
 def test_compiled_graphs_call_the_operators_with_sizes_unknown():
     """What torch.onnx asks for must not reach torch.compile."""
+    import torch._inductor.lowering  # which the decompositions need
+    from functorch.compile import make_boxed_func
     from torch._functorch.aot_autograd import aot_module_simplified
     from torch._inductor.decomposition import select_decomp_table
 
@@ -398,7 +400,7 @@ def test_compiled_graphs_call_the_operators_with_sizes_unknown():
     def backend(graph, inputs):
         def compiled(graph, _):
             called.extend(str(node.target) for node in graph.graph.nodes)
-            return graph.forward
+            return make_boxed_func(graph.forward)
 
         return aot_module_simplified(graph, inputs, fw_compiler=compiled, decompositions=select_decomp_table())
 
