@@ -4,6 +4,7 @@ from . import functional, ops
 from .conversion import FusionReport, VerificationError, fuse, fusion_report, unfuse
 from .modules import BatchNormAddReLU2d, FusedBottleneck, FusedResidualBlock
 from .ops.backend import backend
+from .ops.decompositions import decompositions
 from .ops.recomputation import recompute
 
 __version__ = "0.1.0"
@@ -14,6 +15,7 @@ __all__ = [
     "FusionReport",
     "VerificationError",
     "backend",
+    "decompositions",
     "functional",
     "fuse",
     "fusion_report",

@@ -15,6 +15,8 @@ from torch.nn.modules.module import (
     _global_forward_pre_hooks,
 )
 
+from . import tracing
+
 # In the attributes of a module that fuse() was not to include, or to exclude.
 EXCLUDED = "_fusion_excluded"
 _HOOKS = {
@@ -30,6 +32,7 @@ _FORWARDS = {kind: kind.forward for kind in (nn.BatchNorm2d, nn.Sequential)}
 def why_watched(input) -> str | None:
     """Why all modules must be called for ``input`` at this moment; None where nothing asks for it."""
     if not isinstance(input, torch.Tensor):
+        tracing.notice(input)
         return "a symbolic trace is recorded"
     return why_all_watched()
 

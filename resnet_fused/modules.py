@@ -1,10 +1,12 @@
 """Modules: BatchNorm with residual add and ReLU, and the two residual blocks made of it."""
 
+import types
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import bypass, functional
+from . import bypass, functional, tracing
 from .ops import recomputation
 
 
@@ -136,7 +138,35 @@ def _dtype(bn: nn.BatchNorm2d) -> torch.dtype | None:
     return None
 
 
-class BatchNormAddReLU2d(nn.BatchNorm2d):
+# What torch.jit.script compiles.
+
+
+def _scripted_batch_norm_add_relu(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    output = self._batch_norm(input)
+    if residual is not None:
+        output = output + residual
+    return F.relu(output) if self.relu else output
+
+
+def _scripted_block(self, x: Tensor) -> Tensor:
+    return self._forward(x)
+
+
+def _scripted_basic(self, x: Tensor) -> Tensor:
+    out = self.conv1(x)
+    out = self.bn1(out)
+    if self.bn2_before_conv2:
+        return F.relu(self.conv2(self.bn2(out)) + self.shortcut(x))
+    return self.bn2(self.conv2(out), self.shortcut(x))
+
+
+def _scripted_bottleneck(self, x: Tensor) -> Tensor:
+    out = self.bn1(self.conv1(x))
+    out = self.bn2(self.conv2(out))
+    return self.bn3(self.conv3(out), self.shortcut(x))
+
+
+class BatchNormAddReLU2d(tracing.Scriptable, nn.BatchNorm2d):
     """:class:`torch.nn.BatchNorm2d` followed by an optional residual add and an optional ReLU, as one operator.
 
     Parameters, buffers, state_dict keys and modes are those of ``nn.BatchNorm2d``; the other arguments too.
@@ -170,6 +200,10 @@ class BatchNormAddReLU2d(nn.BatchNorm2d):
             self.bias = None
         self.relu = relu
 
+    # Under a name of its own, which torch.jit needs.
+    _batch_norm = types.FunctionType(nn.BatchNorm2d.forward.__code__, nn.BatchNorm2d.forward.__globals__, "_batch_norm")
+
+    @tracing.scripted_as(_scripted_batch_norm_add_relu)
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """relu(batch_norm(input) + residual).
 
@@ -208,11 +242,12 @@ def _conv(
     )
 
 
-class _Block(nn.Module):
+class _Block(tracing.Scriptable, nn.Module):
     """What both blocks share: the shortcut, and the end of the block in the order of the paper."""
 
     recompute: bool | str = False
 
+    @tracing.scripted_as(_scripted_block)
     def forward(self, x: Tensor) -> Tensor:
         """The block's result; raises what its convolutions and :func:`batch_norm_add_relu` raise."""
         if not self.recompute:
@@ -293,6 +328,7 @@ class FusedResidualBlock(_Block):
         if zero_init_residual:
             nn.init.zeros_(self.bn2.weight)
 
+    @tracing.scripted_as(_scripted_basic)
     def _forward(self, x: Tensor) -> Tensor:
         out = _normalize(self.bn1, self.conv1(x))
         if not self.bn2_before_conv2:
@@ -363,6 +399,7 @@ class FusedBottleneck(_Block):
         if zero_init_residual:
             nn.init.zeros_(self.bn3.weight)
 
+    @tracing.scripted_as(_scripted_bottleneck)
     def _forward(self, x: Tensor) -> Tensor:
         out = _normalize(self.bn1, self.conv1(x))
         out = _normalize(self.bn2, self.conv2(out))

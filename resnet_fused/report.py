@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import warnings
 
 from . import fuse, fusion_report
 from .conversion import FusionReport
@@ -20,7 +21,9 @@ def report(name: str) -> FusionReport:
         ModelError: there is no such model, or it cannot be built.
     """
     # A copy, for a callable may hand out a model that somebody else uses.
-    model = fuse(copy.deepcopy(build(name)).eval())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # where nothing is fused, which the report says
+        model = fuse(copy.deepcopy(build(name)).eval())
     try:
         return fusion_report(model.train(), device="cpu", example_inputs=example_input(model))
     except Exception:

@@ -666,6 +666,86 @@ def test_distributed_data_parallel_made_before(make, monkeypatch):
         assert_same_step(wrapper, reference)
 
 
+def fully_sharded(model):
+    from torch.distributed.fsdp import fully_shard
+
+    for block in [*model.layer1, *model.layer2]:
+        fully_shard(block)
+    return fully_shard(model)
+
+
+@pytest.mark.usefixtures("_process_group")
+def test_fully_sharded_models_run_as_reported(monkeypatch):
+    """fully_shard changes the classes of modules to subclasses."""
+    model, reference = pair(torchvision_basic)
+    fully_sharded(model)
+    assert type(model).__name__.startswith("FSDP")
+    x = images(64)
+    with Recorder(model, monkeypatch) as recorder:
+        output = model(x)
+        output.sum().backward()
+    assert_all_close([output], [reference(x)], "output")
+    said = {row.name: {row.operator: 1} for row in fusion_report(model).rows if row.fused}
+    assert {name: dict(counts) for name, counts in recorder.ran.items()} == said
+    assert len(said) == 6
+
+
+@pytest.mark.usefixtures("_process_group")
+def test_fuse_leaves_sharded_modules_as_they_are():
+    model = fully_sharded(fuse(torchvision_basic()))
+    before = classes(model)
+    fuse(model)
+    assert classes(model) == before
+    for change in (unfuse, lambda m: fuse(m, recompute=True), lambda m: fuse(m, exclude="layer1")):
+        with pytest.raises(TypeError, match="was changed to FSDP"):
+            change(model)
+        assert classes(model) == before
+    sharded = fully_sharded(torchvision_basic())
+    assert "torch made FSDPResNet of ResNet: fuse before that" in " ".join(reasons(fuse(sharded)))
+
+
+class Scaled(nn.Module):
+    """A block with a parameter of its own, which a parametrization makes a property of the class."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.scale = nn.Parameter(torch.randn(3, 1, 1))
+
+    def forward(self, x):
+        return torch.relu(self.bn(self.conv(x)) + x) * self.scale
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def test_a_parametrized_block_runs_as_reported(monkeypatch):
+    model, reference = pair(Scaled)
+    for m in (model, reference):
+        parametrize.register_parametrization(m, "scale", Doubled())
+    assert type(model).__name__ == "ParametrizedScaled"
+    compare(monkeypatch, model, reference, images(8), {ADD: 1})
+
+
+def test_subclasses_of_a_fused_class_run_as_reported(monkeypatch):
+    """One with a forward of its own is not bypassed; a copy keeps its class."""
+    model, reference = (nn.Sequential(m, nn.ReLU()) for m in pair(Scaled))
+    fuse(model)
+    cls = type(model[0])
+    model[0].__class__ = type("Kept", (cls,), {"extra": 1})
+    compare(monkeypatch, model, reference, images(8), {ADD: 1})
+    assert type(copy.deepcopy(model)[0]) is type(model[0])
+    for m in (model, reference):
+        base = type(m[0])
+        forward = lambda self, x: -self.scale * torch.relu(self.bn(self.conv(x)))  # noqa: E731
+        m[0].__class__ = type("Negated", (base,), {"forward": forward})
+    x = images(8)
+    assert_all_close([model(x)], [reference(x)], "output")
+    assert reasons(model) == ["Negated is not read: its forward is another one in the class Negated"]
+
+
 # Optimizers
 
 

@@ -1,16 +1,19 @@
 """fuse() and unfuse(): change the classes of modules to ones with rewritten forwards, and change them back."""
 
 import sys
+import warnings
 from typing import TypeVar
 
 from torch import jit, nn
 
 from .. import bypass
 from ..ops.recomputation import checked
+from ..tracing import Scriptable
 from . import families
-from .classes import Fused, base_of, is_fused
+from .classes import base_of, is_changed, is_fused
 from .flow import Flow
 from .methods import class_for
+from .report import fusion_report
 from .selection import Selection
 from .verification import verify as verify_conversion
 
@@ -38,9 +41,10 @@ def fuse(
     was replaced or converted to SyncBatchNorm is called as it was before.
 
     The order of wrappers: ``model`` itself is fused, not what ``torch.compile`` made of it; code compiled from it
-    earlier notices and is compiled again. Fuse before ``torch.jit``, and before FSDP's ``fully_shard``, which changes
-    classes itself. A model inside DistributedDataParallel can be fused at any time: DDP holds parameters and the hooks
-    of their gradients, none of which change.
+    earlier notices and is compiled again. Fuse before FSDP's ``fully_shard``, which changes classes itself, and after
+    ``torch.fx``: a GraphModule is fused as any other module, and one that is traced from a fused model is not.
+    ``torch.jit.script`` and ``torch.jit.trace`` compile the unfused model. A model inside DistributedDataParallel can
+    be fused at any time: DDP holds parameters and the hooks of their gradients, none of which change.
 
     Args:
         model: changed in place.
@@ -61,16 +65,33 @@ def fuse(
         ValueError: ``recompute`` is none of True, False and "convolutions"; a pattern that matches nothing; no input to
             verify with could be made up.
         VerificationError: the fused and the unfused copy differ.
+
+    Warns where there is nothing to fuse, and says why.
     """
     _check(model)
     checked(recompute)
     selection = Selection(model, include, exclude)
+    _check_changed(model, lambda module: module._fusion_recompute == recompute and id(module) not in selection.limited)
     if verify:
         verify_conversion(
             model, lambda copied: _convert(copied, recompute, Selection(copied, include, exclude)), example_inputs
         )
     _convert(model, recompute, selection)
+    if not any(isinstance(module, Scriptable) for module in model.modules()):
+        warnings.warn(_why_nothing(model), stacklevel=2)
     return model
+
+
+def _why_nothing(model: nn.Module) -> str:
+    """Why nothing of ``model`` is fused."""
+    rows = {row.reason: row.name for row in reversed(fusion_report(model, device="cpu").rows)}
+    if not rows:
+        why = "it has no BatchNorm"
+    else:
+        reason, name = rows.popitem()
+        why = f"of {name} {reason}" if name and reason.startswith("its ") else reason
+        why += f"; fusion_report() has {len(rows)} more reasons for others" if rows else ""
+    return f"fuse() found nothing to fuse in {type(model).__name__}: {why}"
 
 
 def _convert(model: nn.Module, recompute: bool | str, selection: Selection) -> None:
@@ -83,6 +104,8 @@ def _convert(model: nn.Module, recompute: bool | str, selection: Selection) -> N
             _unfuse(module)
     needed = Flow(model, selection.allows, hopeful=True).needed
     for module in list(model.modules()):
+        if is_fused(module) and is_changed(module):
+            continue
         if is_fused(module) or (id(module) in needed and selection.allows(module)):
             # Not by a __setattr__ of the class's own.
             object.__setattr__(module, "__class__", class_for(base_of(module), recompute))
@@ -102,24 +125,27 @@ def unfuse(model: Model) -> Model:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"unfuse() takes a torch.nn.Module, got {type(model).__name__}")
-    fused = [(name, module) for name, module in model.named_modules() if isinstance(module, Fused)]
-    for name, module in fused:
-        if not is_fused(module):
-            raise TypeError(
-                f"the class of {name or 'the model'} was changed to {type(module).__name__} after fuse(): "
-                "undo that first"
-            )
+    _check_changed(model)
     for module in model.modules():
         _unfuse(module)
         module.__dict__.pop(bypass.EXCLUDED, None)
     return model
 
 
+def _check_changed(model: nn.Module, keeps=lambda module: False) -> None:
+    for name, module in model.named_modules():
+        if is_fused(module) and is_changed(module) and not keeps(module):
+            raise TypeError(
+                f"the class of {name or 'the model'} was changed to {type(module).__name__} after fuse(): "
+                "undo that first"
+            )
+
+
 def _check(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse() takes a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, jit.ScriptModule):
-        raise TypeError("fuse() cannot change a ScriptModule: unfused models can be scripted, fused ones not")
+        raise TypeError("fuse() cannot change a ScriptModule, and what is scripted runs unfused")
     # Importing torch._dynamo takes seconds; without it nothing is compiled.
     eval_frame = sys.modules.get("torch._dynamo.eval_frame")
     for name, module in model.named_modules():

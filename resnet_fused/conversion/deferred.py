@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import bypass, functional, modules
+from .. import bypass, functional, modules, tracing
 from ..ops import recomputation
 from . import families, kinds
 from .classes import Fused
@@ -190,6 +190,7 @@ METHODS = (*_RELU_METHODS, *_ADD_METHODS)
 def call_module(module: nn.Module, value):
     """module(value), where both value and result may wait; the result must be used before anything else runs."""
     if not _is_tensor(value) or bypass.why_all_watched() is not None:
+        tracing.notice(value)
         return module(settle(value))
     if isinstance(module, Fused):
         if module._fusion_open is None or bypass.why_called(module) is not None:

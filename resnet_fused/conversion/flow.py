@@ -77,6 +77,7 @@ class Flow:
         if self.depth > _DEPTH or self.steps > _STEPS:
             return UNKNOWN
         self.visited.add(id(module))
+        closed = closed or base_of(module).__call__ is not nn.Module.__call__
         self.depth += 1
         frame = _Frame(self, module)
         try:

@@ -5,7 +5,9 @@ import inspect
 import types
 
 from torch import nn
+from torch.fx import GraphModule
 
+from ..tracing import scripted_as
 from .classes import check_class, fused_class
 from .deferred import settle, walk
 from .rewriting import Rewritten, rewritten
@@ -90,6 +92,7 @@ def class_for(base: type[nn.Module], recompute: bool | str) -> type[nn.Module]:
     return fused_class(base, changed, methods["forward"].open, False, recompute)
 
 
+@scripted_as(nn.Sequential.forward)
 def _chain_forward(self, input):
     """What the children compute one after another."""
     return settle(walk(self, input))
@@ -101,6 +104,7 @@ def _functions(cls: type[nn.Module]) -> dict[str, types.FunctionType]:
     for base in reversed(cls.__mro__):
         for name, member in vars(base).items():
             own = isinstance(member, types.FunctionType) and not base.__module__.startswith("torch.")
+            own = own or (name == "forward" and issubclass(base, GraphModule))
             if own and not (name.startswith("__") and name.endswith("__")):
                 functions[name] = member
             else:

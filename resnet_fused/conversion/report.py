@@ -190,7 +190,8 @@ class _Judge:
         for length in range(len(path) - 1, -1, -1):
             around = self.model.get_submodule(".".join(path[:length]))
             reason = self.selection.why_not(around) or self.lost.get(id(around))
-            if reason is not None and not isinstance(around, nn.ModuleList | nn.ModuleDict):
+            container = isinstance(around, nn.ModuleList | nn.ModuleDict) or type(around) is nn.Module
+            if reason is not None and not container:
                 return f"{type(around).__name__} is not read: {reason}"
         return "no forward that is read calls it as a module with one input"
 

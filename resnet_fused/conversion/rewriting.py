@@ -100,6 +100,8 @@ def _rewrite(function: types.FunctionType) -> Rewritten:
     if code.co_flags & (inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR):
         raise Refused("it is a generator or coroutine")
     tree = definition(function)
+    if "getattr" in code.co_names and "getattr" not in function.__globals__:
+        tree = _Attributes().visit(copy.deepcopy(tree))
     _check(tree, code.co_varnames[0])
     bodies, waits = [], False
     for is_open in (False, True):
@@ -109,6 +111,17 @@ def _rewrite(function: types.FunctionType) -> Rewritten:
     closed, opened = (_function(function, tree, body) for body in bodies)
     arguments = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
     return Rewritten(function, code.co_varnames[0], arguments, closed, opened, *bodies, waits, _asks_classes(tree))
+
+
+class _Attributes(ast.NodeTransformer):
+    """``getattr(module, "0")``, as torch.fx writes, as the attribute that it reads."""
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        self.generic_visit(node)
+        match node:
+            case ast.Call(func=ast.Name("getattr"), args=[owner, ast.Constant(value=str() as name)], keywords=[]):
+                return ast.copy_location(ast.Attribute(owner, name, ast.Load()), node)
+        return node
 
 
 def _asks_classes(tree: ast.FunctionDef) -> bool:

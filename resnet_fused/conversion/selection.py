@@ -4,10 +4,11 @@ import fnmatch
 from collections.abc import Iterable
 
 from torch import nn
+from torch.fx import GraphModule
 
 from ..modules import FusedBottleneck, FusedResidualBlock
 from . import families, kinds, methods
-from .classes import base_of, check_class, is_fused
+from .classes import base_of, check_class, is_fused, why_overridden
 from .source import Refused
 
 # torch.ao's, for quantization.
@@ -70,7 +71,10 @@ class Selection:
             return "it is fused as it stands"
         try:
             if not methods.is_chain(cls):
-                if cls.__module__.partition(".")[0] == "torch":
+                if _is_torchs(cls) and not issubclass(cls, GraphModule):
+                    made_of = next((base.__name__ for base in cls.__mro__[:-1] if not _is_torchs(base)), None)
+                    if made_of is not None:  # by fully_shard
+                        return f"torch made {cls.__name__} of {made_of}: fuse before that"
                     return f"{cls.__name__} is torch's own"
                 self._methods.of(cls)
             check_class(cls)
@@ -94,7 +98,7 @@ class Selection:
 
 def replaced(module: nn.Module) -> str | None:
     """Why the rewritten methods of a fused module do not run; None where they do."""
-    return _on_the_instance(module, type(module)._fusion_methods)
+    return _on_the_instance(module, type(module)._fusion_methods) or why_overridden(type(module))
 
 
 def _on_the_instance(module: nn.Module, names: Iterable[str]) -> str | None:
@@ -102,6 +106,10 @@ def _on_the_instance(module: nn.Module, names: Iterable[str]) -> str | None:
         if name in vars(module):
             return f"its {name} was replaced on the instance"
     return None
+
+
+def _is_torchs(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] == "torch"
 
 
 def _is_of_quantization(module: nn.Module) -> bool:

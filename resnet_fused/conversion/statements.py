@@ -11,7 +11,7 @@ import torch
 from .deferred import METHODS
 from .expressions import Expressions
 from .liveness import Liveness, assigned, blocks
-from .syntax import assign_settled, is_plain, leaves, runs_nothing
+from .syntax import assign_settled, frees, is_plain, leaves, runs_nothing
 
 _CONTEXTS = (
     torch.no_grad,
@@ -46,7 +46,7 @@ class Writer:
         """A block, behind which ``following`` runs next, if that is known."""
         written: list[ast.stmt] = []
         for index, statement in enumerate(body):
-            after = body[index + 1] if index + 1 < len(body) else following
+            after = next((other for other in body[index + 1 :] if not frees(other)), following)
             written += self.statement(statement, after)
             if isinstance(statement, ast.Return | ast.Raise | ast.Break | ast.Continue):
                 self.lazy = set()

@@ -35,6 +35,14 @@ def is_plain(node: ast.expr) -> bool:
     return False
 
 
+def frees(statement: ast.stmt) -> bool:
+    """Whether a statement is one such as ``a = b = None``, by which torch.fx lets go of tensors."""
+    match statement:
+        case ast.Assign(targets=targets, value=ast.Constant(value=None)):
+            return all(isinstance(target, ast.Name) for target in targets)
+    return False
+
+
 def _is_index(node: ast.expr) -> bool:
     return isinstance(node, ast.Name | ast.Constant)
 

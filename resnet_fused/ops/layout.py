@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-_BITS = (1, 2, 4, 8, 16, 32, 64, 128)
-
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for every narrower type."""
@@ -85,17 +83,23 @@ def mask_shape(input: Tensor, channels_last: bool | None = None) -> tuple[int, i
     return input.shape[0] * channels, (positions + 7) // 8
 
 
+def _bits(device: torch.device) -> Tensor:
+    """1, 2, 4 ... 128, without a constant, which torch.export would have to lift."""
+    options = {"dtype": torch.uint8, "device": device}
+    return torch.ones(8, **options) << torch.arange(8, **options)
+
+
 def pack(keep: Tensor) -> Tensor:
     """(outer, inner) booleans as (outer, ceil(inner / 8)) bytes, the lowest bit first."""
     outer, inner = keep.shape
     padded = torch.nn.functional.pad(keep.to(torch.uint8), (0, -inner % 8))
-    bits = torch.tensor(_BITS, dtype=torch.uint8, device=keep.device)
+    bits = _bits(keep.device)
     return (padded.reshape(outer, (inner + 7) // 8, 8) * bits).sum(-1, dtype=torch.uint8)
 
 
 def unpack(mask: Tensor, inner: int) -> Tensor:
     """The inverse of :func:`pack`: (outer, inner) booleans."""
-    bits = torch.tensor(_BITS, dtype=torch.uint8, device=mask.device)
+    bits = _bits(mask.device)
     return ((mask.unsqueeze(-1) & bits) != 0).reshape(mask.shape[0], mask.shape[1] * 8)[:, :inner]
 
 

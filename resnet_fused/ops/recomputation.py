@@ -352,6 +352,14 @@ class Scope:
 
     def pack(self, tensor: Tensor):
         """What stands in a graph for a tensor that is saved."""
+        tracing = torch._C._get_tracing_state()
+        if tracing is not None:
+            # torch.jit.trace would record what is done with the tensor here.
+            torch._C._set_tracing_state(None)
+            try:
+                return self.pack(tensor)
+            finally:
+                torch._C._set_tracing_state(tracing)
         try:
             link = _link(tensor, self.outer)
             if self.pending is None or _source(link) is not self.pending[0]:
@@ -404,6 +412,8 @@ def why_not() -> str | None:
     """Why nothing is recomputed of what runs here and now; None where it is, or would be inside :class:`recompute`."""
     if torch.compiler.is_compiling():
         return COMPILED
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace records"
     if not torch._C._autograd._saved_tensors_hooks_is_enabled():
         return "saved-tensor hooks are disabled here"
     return None

@@ -1,0 +1,89 @@
+"""The evaluation operators in operations of torch, for what leaves for a place without this package.
+
+torch.onnx.export asks ``torch._decomp.decomposition_table`` for every operator that it does not know.
+``ExportedProgram.run_decompositions`` asks a table of its own, of torch's operators alone, and has to be given
+:func:`decompositions`. torch.compile and Inductor ask neither: they call the operators.
+"""
+
+import torch
+from torch._decomp import decomposition_table, meta_table
+
+from . import fake, layout
+
+_BATCH_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
+
+
+def decompositions() -> dict:
+    """``torch.export.default_decompositions()`` with the evaluation operators of this package.
+
+    Example:
+        >>> program = torch.export.export(fuse(model).eval(), (images,))
+        >>> torch.export.save(program.run_decompositions(resnet_fused.decompositions()), "model.pt2")
+    """
+    table = torch.export.default_decompositions()
+    table.update({_operator(name): decomposition for name, decomposition in _DECOMPOSITIONS.items()})
+    return table
+
+
+def register() -> None:
+    """Puts the decompositions where torch.onnx looks for them."""
+    for name, decomposition in _DECOMPOSITIONS.items():
+        decomposition_table[_operator(name)] = decomposition
+        # Fake tensors of unknown sizes would be decomposed too, and have a kernel.
+        meta_table[_operator(name)] = getattr(fake, name)
+
+
+def _operator(name: str):
+    return getattr(torch.ops.resnet_fused, name).default
+
+
+def _batch_norm(input, weight, bias, running_mean, running_var, eps):
+    return _BATCH_NORM(input, weight, bias, running_mean, running_var, 0.0, eps)[0]
+
+
+def _finished(output, input, relu, save_mask):
+    """The output behind its ReLU, in the layout that the operator gives, and the mask."""
+    output = layout.dense(output.relu() if relu else output, input)
+    mask = layout.pack(~(layout.rows(output) <= 0)) if relu and save_mask else None
+    return output, input.new_empty(0, dtype=torch.uint8) if mask is None else mask
+
+
+def _eval(input, weight, bias, residual, running_mean, running_var, eps, relu, save_mask):
+    output = _batch_norm(input, weight, bias, running_mean, running_var, eps)
+    if residual is None:
+        return _finished(output, input, relu, False)
+    return _finished(output + residual, input, relu, save_mask)
+
+
+def _dual_eval(
+    input,
+    weight,
+    bias,
+    running_mean,
+    running_var,
+    input2,
+    weight2,
+    bias2,
+    running_mean2,
+    running_var2,
+    eps,
+    eps2,
+    relu,
+    save_mask,
+):
+    output = _batch_norm(input, weight, bias, running_mean, running_var, eps)
+    shortcut = _batch_norm(input2, weight2, bias2, running_mean2, running_var2, eps2)
+    return _finished(output + shortcut, input, relu, save_mask)
+
+
+def _add_relu(input, residual, save_mask):
+    output = layout.dense((input + residual).relu(), input)
+    mask = layout.pack(~(layout.flat(output) <= 0)) if save_mask else input.new_empty(0, dtype=torch.uint8)
+    return output, mask
+
+
+_DECOMPOSITIONS = {
+    "batch_norm_add_relu_eval": _eval,
+    "dual_batch_norm_add_relu_eval": _dual_eval,
+    "add_relu": _add_relu,
+}
