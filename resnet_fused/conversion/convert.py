@@ -8,7 +8,7 @@ from torch import jit, nn
 from .. import bypass
 from ..ops.recomputation import checked
 from . import families
-from .classes import Fused, base_of, is_fused
+from .classes import Fused, is_fused
 from .flow import Flow
 from .methods import class_for
 from .selection import Selection
@@ -74,18 +74,20 @@ def fuse(
 
 
 def _convert(model: nn.Module, recompute: bool | str, selection: Selection) -> None:
-    families.learn({type(module) for module in model.modules()})
+    before = [type(module) for module in model.modules()]  # the same classes serve again where nothing changed
     for module in model.modules():
         module.__dict__.pop(bypass.EXCLUDED, None)
         if id(module) in selection.limited:
             # Also the parts that the forward around them would bypass ask for it.
             module.__dict__[bypass.EXCLUDED] = True
-            _unfuse(module)
+        _unfuse(module)
+    families.learn({type(module) for module in model.modules()})
     needed = Flow(model, selection.allows, hopeful=True).needed
     for module in list(model.modules()):
-        if is_fused(module) or (id(module) in needed and selection.allows(module)):
+        if id(module) in needed and selection.allows(module):
             # Not by a __setattr__ of the class's own.
-            object.__setattr__(module, "__class__", class_for(base_of(module), recompute))
+            object.__setattr__(module, "__class__", class_for(type(module), recompute))
+    del before
 
 
 def _unfuse(module: nn.Module) -> None:

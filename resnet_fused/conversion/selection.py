@@ -7,7 +7,7 @@ from torch import nn
 
 from ..modules import FusedBottleneck, FusedResidualBlock
 from . import families, kinds, methods
-from .classes import base_of, check_class, is_fused
+from .classes import are_replaced, base_of, check_class, is_fused
 from .source import Refused
 
 # torch.ao's, for quantization.
@@ -60,29 +60,21 @@ class Selection:
         return self._known[id(module)]
 
     def _obstacle(self, module: nn.Module) -> str | None:
-        if is_fused(module):
-            return self._replaced(module)
         cls = base_of(module)
         kind = None if is_fused(module) else families.kind_of(module)
         if kind is not None and kind.role != kinds.CHAIN:
             return f"{cls.__name__} is known as it stands"
         if isinstance(module, FusedBottleneck | FusedResidualBlock):
             return "it is fused as it stands"
+        chain = methods.is_chain(cls)
         try:
-            if not methods.is_chain(cls):
-                if cls.__module__.partition(".")[0] == "torch":
-                    return f"{cls.__name__} is torch's own"
-                self._methods.of(cls)
+            if not chain and cls.__module__.partition(".")[0] == "torch":
+                return f"{cls.__name__} is torch's own"
+            names = ("forward",) if chain else tuple(self._methods.of(cls))
             check_class(cls)
         except Refused as refusal:
             return str(refusal)
-        return self._replaced(module)
-
-    def _replaced(self, module: nn.Module) -> str | None:
-        if is_fused(module):
-            return replaced(module)
-        chain = methods.is_chain(type(module))
-        return _on_the_instance(module, ("forward",) if chain else tuple(self._methods.of(type(module))))
+        return _on_the_instance(module, names)
 
     def _asks_classes(self, module: nn.Module) -> bool:
         try:
@@ -94,7 +86,9 @@ class Selection:
 
 def replaced(module: nn.Module) -> str | None:
     """Why the rewritten methods of a fused module do not run; None where they do."""
-    return _on_the_instance(module, type(module)._fusion_methods)
+    if are_replaced(type(module)):
+        return "a method of its class was replaced after fuse()"
+    return _on_the_instance(module, type(module)._fusion_originals.keys() & vars(type(module)).keys())
 
 
 def _on_the_instance(module: nn.Module, names: Iterable[str]) -> str | None:
