@@ -298,6 +298,11 @@ class Scaled:
     __mul__ = __rmul__ = __getitem__ = __neg__ = __len__ = __lt__ = look
     __add__ = __radd__ = look
 
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        args[1].look()
+        return args[0]
+
     def __eq__(self, other):
         return bool(self.look())
 
@@ -339,6 +344,11 @@ class Looks(Base):
 LOOKS = [
     "self.scaled * 2",
     "2 * self.scaled",
+    "self.scaled + 2",
+    "2 + self.scaled",
+    "F.relu(torch.add(self.bn1(x), self.scaled)) is None",
+    "F.relu(self.bn1(x) + self.scaled) is None",
+    "F.relu(self.bn1(x).add(self.scaled)) is None",
     "-self.scaled",
     "self.scaled[0]",
     "len(self.scaled)",

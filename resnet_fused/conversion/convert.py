@@ -35,7 +35,8 @@ def fuse(
     Fusing twice is fusing once, with the ``recompute`` of the last call.
 
     A rewritten forward asks at every call what its modules are and whether they may be bypassed: one that got a hook,
-    was replaced or converted to SyncBatchNorm is called as it was before.
+    was replaced or converted to SyncBatchNorm is called as it was before; so is a function of torch, or a method of the
+    class, that was replaced.
 
     The order of wrappers: ``model`` itself is fused, not what ``torch.compile`` made of it; code compiled from it
     earlier notices and is compiled again. Fuse before ``torch.jit``, and before FSDP's ``fully_shard``, which changes
@@ -49,7 +50,8 @@ def fuse(
             than their inputs, for which these run again. Blocks that are not fused, and FusedResidualBlock and
             FusedBottleneck, which have a setting of their own, stay as they are.
         verify: first run a fused and an unfused copy, in evaluation and training, forward and backward, and change
-            nothing unless they agree. Needs memory for two copies and their gradients.
+            nothing unless they agree, also in buffers and in the attributes that forwards set. Needs memory for two
+            copies and their gradients.
         example_inputs: what ``verify`` runs on: a tensor, a tuple of arguments or a dict of keyword arguments; by
             default made up from the first convolution.
         include, exclude: limit what is changed: a name as in ``named_modules()`` with ``*`` and ``?``, a predicate

@@ -155,7 +155,7 @@ def _settle_beside(held: tuple, module: nn.Module, args: tuple, kwargs: dict) ->
     waiting = [value for value in held if isinstance(value, Deferred)]
     if not waiting:
         return
-    tame = not kwargs and all(isinstance(value, Deferred) or type(value) in (*_TENSORS, *PLAIN) for value in args)
+    tame = not kwargs and all(_is_tensor(value) or type(value) in PLAIN for value in args)
     tame = tame and all(is_tame(part) and bypass.why_called(part) is None for part in module.modules())
     for value in waiting:
         if not (tame and value.owned and _apart(value, module, args)):
@@ -195,7 +195,7 @@ def is_quiet(value, read: bool, into: str) -> bool:
     if kind in PLAIN:
         return True
     if read:
-        return kind in _TENSORS or kind.__module__.startswith("torch.nn.modules.")
+        return _is_tensor(value) or kind.__module__.startswith("torch.nn.modules.")
     if not into:
         return False
     if kind in _CONTAINERS:
@@ -203,26 +203,17 @@ def is_quiet(value, read: bool, into: str) -> bool:
     return _is_asked_of_torch(kind)
 
 
-_TENSORS = (Tensor, nn.Parameter)
 _CONTAINERS = (list, tuple, dict, range, set, frozenset)
 
 
 def _is_asked_of_torch(kind: type) -> bool:
     """Whether truth, length and items of a class of modules are torch's matter, or Python's."""
     return issubclass(kind, nn.Module) and all(
-        getattr(getattr(kind, name, None), "__module__", "torch.").startswith("torch.")
-        for name in (
-            "__bool__",
-            "__len__",
-            "__getitem__",
-            "__iter__",
-            "__contains__",
-            "items",
-            "values",
-            "keys",
-            "children",
-        )
+        getattr(getattr(kind, name, None), "__module__", "torch.").startswith("torch.") for name in _ASKED
     )
+
+
+_ASKED = ("__bool__", "__len__", "__getitem__", "__iter__", "__contains__", "items", "values", "keys", "children")
 
 
 def abandoned(error: BaseException) -> None:

@@ -156,7 +156,7 @@ class Expressions:
         """Two operands, the first of which may wait while the second is computed."""
         first, lazy = self.expression(left, now=is_plain(right))
         if not lazy or raises_nothing(right, self.writer.bound | {self.writer.me}):
-            return (first, lazy), self.expression(right, now=True)
+            return self.operands((first, lazy), self.expression(right, now=True))
         if isinstance(first, ast.Name):
             self.held.append((first.id, None))
         else:
@@ -166,7 +166,11 @@ class Expressions:
             self.held.append((name, left))
         second = self.expression(right, now=True)
         self.held.pop()
-        return (first, lazy), second
+        return self.operands((first, lazy), second)
+
+    def operands(self, *pairs: tuple[ast.expr, bool]) -> tuple[tuple[ast.expr, bool], ...]:
+        """The operands of an add, which may be told of what else waits."""
+        return tuple((new if lazy else self.looked(new), lazy) for new, lazy in pairs)
 
     def add(self, node, left: ast.expr, right: ast.expr, now: bool, inplace: bool) -> tuple[ast.expr, bool]:
         """A sum."""
