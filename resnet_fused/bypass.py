@@ -62,9 +62,9 @@ def why_all_watched() -> str | None:
 
 
 def _a_mode_looks() -> bool:
-    """Whether a mode may see calls of torch's functions; one that only chooses a device sees none of ours."""
-    modes = torch.overrides._get_current_function_mode_stack()
-    return any(type(mode) is not DeviceContext for mode in modes)
+    """Whether a mode may see calls of torch's functions: not one that only chooses a device, nor this package's own."""
+    kinds = map(type, torch.overrides._get_current_function_mode_stack())
+    return any(kind is not DeviceContext and not kind.__module__.startswith(f"{__package__}.") for kind in kinds)
 
 
 def is_relu_replaced() -> bool:
