@@ -1,19 +1,21 @@
 """Whether a fused operator may stand for the calls of some modules, or whether somebody would notice.
 
 A fused forward computes what BatchNorm, ReLU and shortcut would have computed without calling them. That is right only
-while nothing hangs on the calls themselves: hooks, a forward replaced on the instance or on torch's class, a module of
-another class. Each forward asks again, so what comes later is honoured too. The checks read dictionaries: well below a
-microsecond a module, and torch.compile guards on them.
+while nothing hangs on the calls themselves: hooks, a forward replaced on the instance or on torch's class, one of
+torch's functions replaced, a module of another class. Each forward asks again, so what comes later is honoured too. The
+checks compare and read dictionaries: well below a microsecond a module, and torch.compile guards on them.
 """
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.nn.modules.module import (
     _global_backward_hooks,
     _global_backward_pre_hooks,
     _global_forward_hooks,
     _global_forward_pre_hooks,
 )
+from torch.utils._device import DeviceContext
 
 from . import tracing
 
@@ -27,6 +29,16 @@ _HOOKS = {
 }
 # What a fused operator computes; somebody may put another in place, on the class or on a base of it.
 _FORWARDS = {kind: kind.forward for kind in (nn.BatchNorm2d, nn.Sequential)}
+# The functions that a fused operator stands for, as torch has them. A profiler or a test may have put others there.
+RELU, TORCH_RELU, TORCH_RELU_, ADD = F.relu, torch.relu, torch.relu_, torch.add
+RELUS = (RELU, TORCH_RELU, TORCH_RELU_)
+_TENSOR_RELU, _TENSOR_RELU_ = Tensor.relu, Tensor.relu_
+_BATCH_NORM, _TORCH_BATCH_NORM = F.batch_norm, torch.batch_norm
+_TENSOR_ADD, _TENSOR_ADD_ = Tensor.add, Tensor.add_
+_PLUS, _RIGHT_PLUS, _PLUS_EQUALS = Tensor.__add__, Tensor.__radd__, Tensor.__iadd__
+_DROPOUTS = (F.dropout, F.dropout2d, F.dropout3d, torch.dropout, torch.feature_dropout)
+_MAX_POOL, _TORCH_MAX_POOL = F.max_pool2d, torch.max_pool2d
+_CALLS = (nn.Module.__call__, nn.Module._call_impl)
 
 
 def why_watched(input) -> str | None:
@@ -43,7 +55,58 @@ def why_all_watched() -> str | None:
         return "a hook on all modules is registered"
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace records"
+    # torch.export puts in a call and a mode of its own.
+    called = nn.Module.__call__ is _CALLS[0] and nn.Module._call_impl is _CALLS[1]
+    if not called and not torch.compiler.is_compiling():
+        return "the call of all modules was replaced"
+    if torch._C._len_torch_function_stack() and not torch.compiler.is_compiling() and _a_mode_looks():
+        return "a torch function mode looks on"
     return None
+
+
+def _a_mode_looks() -> bool:
+    """Whether a mode may see calls of torch's functions: not one that only chooses a device, nor this package's own."""
+    kinds = map(type, torch.overrides._get_current_function_mode_stack())
+    return any(kind is not DeviceContext and not kind.__module__.startswith(f"{__package__}.") for kind in kinds)
+
+
+def is_relu_replaced() -> bool:
+    """Whether somebody put another function in the place of a ReLU of torch's, which then has to be called."""
+    return not (
+        F.relu is RELU
+        and torch.relu is TORCH_RELU
+        and torch.relu_ is TORCH_RELU_
+        and Tensor.relu is _TENSOR_RELU
+        and Tensor.relu_ is _TENSOR_RELU_
+    )
+
+
+def is_batch_norm_replaced() -> bool:
+    """The same of what an ``nn.BatchNorm2d`` calls."""
+    return F.batch_norm is not _BATCH_NORM or torch.batch_norm is not _TORCH_BATCH_NORM
+
+
+def is_add_replaced() -> bool:
+    """The same of an add."""
+    return not (
+        Tensor.__add__ is _PLUS
+        and Tensor.__iadd__ is _PLUS_EQUALS
+        and Tensor.__radd__ is _RIGHT_PLUS
+        and torch.add is ADD
+        and Tensor.add is _TENSOR_ADD
+        and Tensor.add_ is _TENSOR_ADD_
+    )
+
+
+def is_dropout_replaced() -> bool:
+    """The same of what torch's dropouts call."""
+    now = (F.dropout, F.dropout2d, F.dropout3d, torch.dropout, torch.feature_dropout)
+    return any(function is not known for function, known in zip(now, _DROPOUTS, strict=True))
+
+
+def is_max_pool_replaced() -> bool:
+    """The same of what an ``nn.MaxPool2d`` calls."""
+    return F.max_pool2d is not _MAX_POOL or torch.max_pool2d is not _TORCH_MAX_POOL
 
 
 def why_not(module: nn.Module, kind: type[nn.Module]) -> str | None:

@@ -3,13 +3,15 @@
 import copy
 import dataclasses
 import random
+import time
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from resnet_fused import fuse, unfuse
+from resnet_fused import fuse, fusion_report, unfuse
 from resnet_fused.conversion.verification import VerificationError, verify
 from resnet_fused.example_inputs import made_up
 
@@ -461,3 +463,59 @@ def test_a_model_without_tensors_or_copies(net):
     net.features = net.conv1(IMAGES)
     with pytest.raises(ValueError, match="cannot be copied"):
         verify(net, fuse, IMAGES)
+
+
+class Counting(nn.Module):
+    """A forward with effects beside its result: a counter, a list, and a tensor kept for later."""
+
+    def __init__(self, add=1, factor=1.0):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.calls, self.seen, self.features, self.started = 0, [], None, 0.0
+        self.add, self.factor = add, factor
+
+    def forward(self, x):
+        self.calls += self.add
+        self.seen.append(tuple(x.shape))
+        self.started = time.perf_counter()
+        x = F.relu(self.bn(self.conv(x)))
+        self.features = x.detach() * self.factor
+        return x
+
+
+def test_attributes_that_a_forward_sets():
+    model = Counting()
+    assert fusion_report(fuse(model, verify=True)).fused == 1
+    assert (model.calls, model.seen, model.features) == (0, [], None)
+
+
+@pytest.mark.parametrize(
+    ("change", "what", "how"),
+    [
+        ({"add": 2}, "attribute calls", "is 2, and was 1"),
+        ({"add": 0}, "attribute calls", "is 0, and was 1"),
+        ({"factor": 1.001}, "attribute features", "differs by"),
+        ({"seen": [1]}, "attribute seen", "is 1, 2, 3,"),
+    ],
+)
+def test_an_attribute_that_differs(change, what, how):
+    def convert(copied):
+        for name, value in change.items():
+            setattr(copied[0], name, value)
+
+    with pytest.raises(VerificationError) as caught:
+        verify(nn.Sequential(Counting()), convert, torch.randn(2, 3, 8, 8))
+    assert (caught.value.module, caught.value.what) == ("0", f"{what} in eval mode")
+    assert how in str(caught.value)
+
+
+def test_a_parameter_that_is_written_to():
+    def write(module, *_):
+        module.conv.bias.data.add_(1.0)
+
+    def convert(copied):
+        copied[0].register_forward_hook(write)
+
+    with pytest.raises(VerificationError) as caught:
+        verify(nn.Sequential(Counting()), convert, torch.randn(2, 3, 8, 8))
+    assert (caught.value.module, caught.value.what) == ("0.conv", "parameter bias in eval mode")

@@ -7,7 +7,6 @@ objects they were, and it stays an instance of its class; changing the class bac
 import abc
 import copy
 import copyreg
-import functools
 import inspect
 import types
 from collections.abc import Callable
@@ -37,7 +36,8 @@ class Fused(tracing.Scriptable):
     Attributes:
         _fusion_base: the class the module had.
         _fusion_recompute: whether its methods run inside :class:`resnet_fused.recompute`, as ``fuse`` takes it.
-        _fusion_methods: the names of the rewritten methods.
+        _fusion_originals: the methods that were rewritten, by name. Somebody may put others into the class.
+        _fusion_forward: the forward among them.
         _fusion_open: the forward that may give a value that waits (:mod:`.deferred`); None where calling the class does
             more than to run the forward.
         _fusion_is_chain: whether it is a Sequential, whose open forward also takes a value that waits.
@@ -60,7 +60,7 @@ class Fused(tracing.Scriptable):
             return reduced
         # pickle and deepcopy find classes by name, which a class made at run time does not have.
         # What is known of the classes of its parts must be known where it is loaded.
-        parts = {type(part) for part in self.modules() if KINDS.get(type(part)) is not None}
+        parts = {type(part) for part in self.modules() if KINDS.get(id(type(part))) is not None}
         parts = sorted(
             (cls for cls in parts if not cls.__module__.startswith("torch.")), key=lambda cls: cls.__qualname__
         )
@@ -120,35 +120,52 @@ def check_class(cls: type[nn.Module]) -> None:
         raise Refused(f"{cls.__name__} is registered with copyreg")
 
 
-@functools.cache
+def known_class(base: type[nn.Module], originals: dict[str, Callable], recompute: bool | str) -> type[nn.Module] | None:
+    """The fused class that is in use already; nothing but its modules keeps it, or it would keep ``base``."""
+    for cls in base.__subclasses__():
+        members = vars(cls)
+        known = members.get("_fusion_base"), members.get("_fusion_originals"), members.get("_fusion_recompute")
+        if known == (base, originals, recompute):
+            return cls
+    return None
+
+
 def fused_class(
     base: type[nn.Module],
-    methods: tuple[tuple[str, types.FunctionType], ...],
+    originals: dict[str, Callable],
+    methods: dict[str, types.FunctionType],
     opened: types.FunctionType,
     is_chain: bool,
     recompute: bool | str,
 ) -> type[nn.Module]:
-    """The subclass of ``base`` with other methods; always the same for the same arguments.
+    """The subclass of ``base`` with other methods.
 
     Args:
-        methods: names and functions.
+        base: the class that the modules have.
+        originals: the methods of ``base`` that were rewritten.
+        methods: those that take their place.
         opened: the open forward.
         is_chain: whether that takes values that wait.
         recompute: whether activations are made again in backward, as :func:`resnet_fused.fuse` takes it.
     """
-    members = {**dict(methods), "_fusion_open": opened}
+    members = {**methods, "_fusion_open": opened}
     if recompute:
         members = {name: _recomputing(method, recompute) for name, method in members.items()}
     if base.__call__ is not nn.Module.__call__:
         members["_fusion_open"] = None
     members |= {"_fusion_base": base, "_fusion_recompute": recompute, "_fusion_is_chain": is_chain}
-    members |= {"_fusion_methods": tuple(name for name, _ in methods)}
+    members |= {"_fusion_originals": originals, "_fusion_forward": originals["forward"]}
     # The name of the original, so that printing a fused model reads as before.
     members |= {"__qualname__": base.__qualname__, "__doc__": base.__doc__}
     # torch treats what it believes to be its own otherwise.
     members["__module__"] = __name__ if base.__module__.startswith("torch.") else base.__module__
     first = FusedGraphModule if issubclass(base, GraphModule) else Fused
     return types.new_class(base.__name__, (first, base), exec_body=lambda namespace: namespace.update(members))
+
+
+def are_replaced(cls: type[nn.Module]) -> bool:
+    """Whether somebody put other methods into the base of a fused class since."""
+    return any(getattr(cls._fusion_base, name, None) is not method for name, method in cls._fusion_originals.items())
 
 
 def is_fused(module: nn.Module) -> bool:
@@ -169,7 +186,7 @@ def base_of(module: nn.Module) -> type[nn.Module]:
 def why_overridden(cls: type[nn.Module]) -> str | None:
     """Why the rewritten methods of a fused class are not those of its subclass ``cls``; None where they are."""
     fused = next(base for base in cls.__mro__ if "_fusion_base" in vars(base))
-    for name in fused._fusion_methods:
+    for name in fused._fusion_originals.keys() & vars(fused).keys():
         if inspect.getattr_static(cls, name) is not vars(fused)[name]:
             return f"its {name} is another one in the class {cls.__name__}"
     return None

@@ -10,7 +10,7 @@ from .. import bypass
 from ..ops.recomputation import checked
 from ..tracing import Scriptable
 from . import families
-from .classes import base_of, is_changed, is_fused
+from .classes import is_changed, is_fused
 from .flow import Flow
 from .methods import class_for
 from .report import fusion_report
@@ -38,7 +38,8 @@ def fuse(
     Fusing twice is fusing once, with the ``recompute`` of the last call.
 
     A rewritten forward asks at every call what its modules are and whether they may be bypassed: one that got a hook,
-    was replaced or converted to SyncBatchNorm is called as it was before.
+    was replaced or converted to SyncBatchNorm is called as it was before; so is a function of torch, or a method of the
+    class, that was replaced.
 
     The order of wrappers: ``model`` itself is fused, not what ``torch.compile`` made of it; code compiled from it
     earlier notices and is compiled again. Fuse before FSDP's ``fully_shard``, which changes classes itself, and after
@@ -53,7 +54,8 @@ def fuse(
             than their inputs, for which these run again. Blocks that are not fused, and FusedResidualBlock and
             FusedBottleneck, which have a setting of their own, stay as they are.
         verify: first run a fused and an unfused copy, in evaluation and training, forward and backward, and change
-            nothing unless they agree. Needs memory for two copies and their gradients.
+            nothing unless they agree, also in buffers and in the attributes that forwards set. Needs memory for two
+            copies and their gradients.
         example_inputs: what ``verify`` runs on: a tensor, a tuple of arguments or a dict of keyword arguments; by
             default made up from the first convolution.
         include, exclude: limit what is changed: a name as in ``named_modules()`` with ``*`` and ``?``, a predicate
@@ -95,20 +97,26 @@ def _why_nothing(model: nn.Module) -> str:
 
 
 def _convert(model: nn.Module, recompute: bool | str, selection: Selection) -> None:
-    families.learn({type(module) for module in model.modules()})
+    before = [type(module) for module in model.modules()]  # the same classes serve again where nothing changed
     for module in model.modules():
         module.__dict__.pop(bypass.EXCLUDED, None)
         if id(module) in selection.limited:
             # Also the parts that the forward around them would bypass ask for it.
             module.__dict__[bypass.EXCLUDED] = True
+        if not _is_fixed(module):
             _unfuse(module)
+    families.learn({type(module) for module in model.modules()})
     needed = Flow(model, selection.allows, hopeful=True).needed
     for module in list(model.modules()):
-        if is_fused(module) and is_changed(module):
-            continue
-        if is_fused(module) or (id(module) in needed and selection.allows(module)):
+        if id(module) in needed and selection.allows(module) and not _is_fixed(module):
             # Not by a __setattr__ of the class's own.
-            object.__setattr__(module, "__class__", class_for(base_of(module), recompute))
+            object.__setattr__(module, "__class__", class_for(type(module), recompute))
+    del before
+
+
+def _is_fixed(module: nn.Module) -> bool:
+    """Whether a fused module keeps the class that somebody made of its fused one."""
+    return is_fused(module) and is_changed(module)
 
 
 def _unfuse(module: nn.Module) -> None:
@@ -134,7 +142,7 @@ def unfuse(model: Model) -> Model:
 
 def _check_changed(model: nn.Module, keeps=lambda module: False) -> None:
     for name, module in model.named_modules():
-        if is_fused(module) and is_changed(module) and not keeps(module):
+        if _is_fixed(module) and not keeps(module):
             raise TypeError(
                 f"the class of {name or 'the model'} was changed to {type(module).__name__} after fuse(): "
                 "undo that first"

@@ -10,6 +10,10 @@ It is *owned* where nobody else can write its input, which a convolution has jus
 modules run that cannot look at its BatchNorm (:mod:`.tameness`), as a projection shortcut does between the last
 BatchNorm and the add. Any other waits only where the rewriting shows that nothing runs before it is used, which it
 says with ``now``.
+
+Nor may the strides tell: what is fused is what torch would put into the memory format of the input, that is where the
+input has no gaps and lies in NCHW or channels_last, and both sides of an add alike. Anything else than a plain tensor
+of floating values is torch's.
 """
 
 import operator
@@ -17,12 +21,13 @@ import operator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
 
 from .. import bypass, functional, modules, tracing
-from ..ops import recomputation
+from ..ops import backend, recomputation
 from . import families, kinds
-from .classes import Fused
-from .tameness import is_tame
+from .classes import Fused, base_of
+from .tameness import PLAIN, is_tame
 
 
 class Deferred:
@@ -124,15 +129,19 @@ def call(now: bool, held: tuple, function, *args, **kwargs):
     """
     if isinstance(function, nn.Module):
         if held:
-            return _call_beside(now, held, function, args, kwargs)
+            _settle_beside(held, function, args, kwargs)
         if len(args) != 1 or kwargs:
             return function(*map(settle, args), **kwargs)
         result = call_module(function, args[0])
-    elif function is F.relu or function is torch.relu or function is torch.relu_:
+    elif function is bypass.RELU or function is bypass.TORCH_RELU or function is bypass.TORCH_RELU_:
         result = _rectified(args[0])
         if result is None:
+            for value in held:
+                settle(value)
             return function(*map(settle, args), **kwargs)
-    elif function is torch.add and len(args) == 2 and not kwargs:
+    elif function is bypass.ADD and len(args) == 2 and not kwargs and not bypass.is_add_replaced():
+        for value in held:
+            settle(value)
         return add(now, operator.add, *args)
     else:
         for value in held:
@@ -141,19 +150,80 @@ def call(now: bool, held: tuple, function, *args, **kwargs):
     return result if now else fit_to_wait(result)
 
 
-def _call_beside(now: bool, held: tuple, module: nn.Module, args: tuple, kwargs: dict):
-    """The call of a module while values wait, which must not show in what it does."""
-    tame = all(is_tame(part) and bypass.why_called(part) is None for part in module.modules())
-    for value in held:
-        if isinstance(value, Deferred) and not (tame and value.owned and _apart(value, module)):
+def _settle_beside(held: tuple, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Settles what may not wait while a module is called, for it would show in what that does."""
+    waiting = [value for value in held if isinstance(value, Deferred)]
+    if not waiting:
+        return
+    tame = not kwargs and all(_is_tensor(value) or type(value) in PLAIN for value in args)
+    tame = tame and all(is_tame(part) and bypass.why_called(part) is None for part in module.modules())
+    for value in waiting:
+        if not (tame and value.owned and _apart(value, module, args)):
             value.settle()
-    try:
-        return call(now, (), module, *args, **kwargs)
-    except Exception:
-        # Who catches it finds the running statistics that the original leaves.
-        for value in held:
-            settle(value)
-        raise
+
+
+def look(held: tuple, value, into: str):
+    """The value, of which an operator asks something: of an object of the user's, that runs code of the user's.
+
+    Args:
+        held: values that wait meanwhile.
+        into: what containers have without more: "truth" where it is only asked for its truth, its length or an item by
+            index or key, "items" where it is searched; empty where it is an operand.
+    """
+    if not is_quiet(value, False, into):
+        for one in held:
+            settle(one)
+    return value
+
+
+def attribute(held: tuple, value):
+    """The value, of which an attribute is read: as :func:`look`."""
+    if not is_quiet(value, True, ""):
+        for one in held:
+            settle(one)
+    return value
+
+
+def is_quiet(value, read: bool, into: str) -> bool:
+    """Whether a value runs no code of the user's where an operator asks it something.
+
+    Args:
+        read: whether an attribute of it is read.
+        into: as for :func:`look`.
+    """
+    kind = type(value)
+    if kind in PLAIN:
+        return True
+    if read:
+        return _is_tensor(value) or kind.__module__.startswith("torch.nn.modules.")
+    if not into:
+        return False
+    if kind in _CONTAINERS:
+        return into == "truth" or (len(value) < 100 and all(type(item) in PLAIN for item in value))
+    return _is_asked_of_torch(kind)
+
+
+_CONTAINERS = (list, tuple, dict, range, set, frozenset)
+
+
+def _is_asked_of_torch(kind: type) -> bool:
+    """Whether truth, length and items of a class of modules are torch's matter, or Python's."""
+    return issubclass(kind, nn.Module) and all(
+        getattr(getattr(kind, name, None), "__module__", "torch.").startswith("torch.") for name in _ASKED
+    )
+
+
+_ASKED = ("__bool__", "__len__", "__getitem__", "__iter__", "__contains__", "items", "values", "keys", "children")
+
+
+def abandoned(error: BaseException) -> None:
+    """Settles what still waits in the frames that an exception leaves: who catches it finds what the original left."""
+    trace = error.__traceback__
+    while trace is not None:
+        for value in list(trace.tb_frame.f_locals.values()):
+            if isinstance(value, Deferred):
+                value.settle()
+        trace = trace.tb_next
 
 
 def add(now: bool, add, left, right):
@@ -164,7 +234,13 @@ def add(now: bool, add, left, right):
         add: ``operator.add`` or ``operator.iadd``. What adds into a tensor that others hold does so at once.
     """
     into_its_own = add is operator.add or _waits(left) or _owned(left)
-    if into_its_own and _is_tensor(left) and _is_tensor(right) and bypass.why_all_watched() is None:
+    if (
+        into_its_own
+        and _is_tensor(left)
+        and _is_tensor(right)
+        and bypass.why_all_watched() is None
+        and not bypass.is_add_replaced()
+    ):
         owned = _owned(left) and _owned(right)
         if now or owned:
             return Sum(add, left, right, owned)
@@ -177,7 +253,7 @@ def method(now: bool, name: str, value, *args):
         result = _rectified(value)
         if result is not None:
             return result
-    elif name in _ADD_METHODS and len(args) == 1 and isinstance(value, Deferred):
+    elif name in _ADD_METHODS and len(args) == 1 and isinstance(value, Deferred) and not bypass.is_add_replaced():
         return add(now, _ADD_METHODS[name], value, args[0])
     return getattr(settle(value), name)(*map(settle, args))
 
@@ -189,20 +265,29 @@ METHODS = (*_RELU_METHODS, *_ADD_METHODS)
 
 def call_module(module: nn.Module, value):
     """module(value), where both value and result may wait; the result must be used before anything else runs."""
-    if not _is_tensor(value) or bypass.why_all_watched() is not None:
+    if not isinstance(value, Tensor | Deferred) or bypass.why_all_watched() is not None:
         tracing.notice(value)
         return module(settle(value))
     if isinstance(module, Fused):
-        if module._fusion_open is None or bypass.why_called(module) is not None:
+        cls = type(module)
+        if (
+            cls._fusion_open is None
+            or cls._fusion_base.forward is not cls._fusion_forward
+            or bypass.why_called(module) is not None
+        ):
             return module(settle(value))
-        return module._fusion_open(value if module._fusion_is_chain else settle(value))
+        try:
+            return module._fusion_open(value if cls._fusion_is_chain else settle(value))
+        except BaseException as error:
+            abandoned(error)
+            raise
     kind = families.kind_of(module)
     if kind is None:
         return module(settle(value))
     role = kind.role
     if role == kinds.FRESH:
         output = module(settle(value))
-        return Fresh(output) if kinds.makes_fresh(module, kind) and isinstance(output, Tensor) else output
+        return Fresh(output) if kinds.makes_fresh(module, kind) and _is_tensor(output) else output
     if kinds.why_not(module, kind) is not None:
         return module(settle(value))
     if role == kinds.NORM:
@@ -233,8 +318,8 @@ def fit_to_wait(value):
 
 def _normalized(bn: nn.Module, kind: kinds.Kind, value):
     owned, input = _owned(value), settle(value)
-    if kind.tail and input.dim() != 4:
-        return bn(input)  # which has an error of its own for it
+    if not _lies_plainly(input) or (kind.tail and input.dim() != 4):
+        return bn(input)  # which gives strides of its own, or has an error of its own for it
     norm = bn if kind.norm is None else kind.norm(bn, input)
     if norm is None:
         return bn(input)
@@ -256,7 +341,7 @@ def _pooled(pool: nn.MaxPool2d, input: Tensor) -> Tensor:
 
 def _rectified(value) -> Tensor | None:
     """relu(value) in one operator with what waits; None where nothing does."""
-    if not _waits(value) or bypass.why_all_watched() is not None:
+    if not _waits(value) or bypass.why_all_watched() is not None or bypass.is_relu_replaced():
         return None
     if isinstance(value, Normalized):
         return modules.batch_norm_add_relu(value.norm, value.take())
@@ -266,18 +351,21 @@ def _rectified(value) -> Tensor | None:
     if isinstance(right, Sum):
         right = right.settle()
     if _waits(left) and _waits(right):
-        if _alike(left.input, right.input):
+        if _alike(left.input, right.input) and (add is operator.iadd or left.input.stride() == right.input.stride()):
             return modules.dual_batch_norm_add_relu(left.norm, left.take(), right.norm, right.take())
     elif _waits(left):
         residual = settle(right)
-        if _alike(left.input, residual):
+        # What is added into has the strides that it had, whatever is added.
+        if _alike(left.input, residual) and (add is operator.iadd or left.input.stride() == residual.stride()):
             return modules.batch_norm_add_relu(left.norm, left.take(), residual)
     elif _waits(right):
         residual = settle(left)
-        if _alike(right.input, residual):
+        if _alike(right.input, residual) and right.input.stride() == residual.stride():
             return modules.batch_norm_add_relu(right.norm, right.take(), residual)
-    elif _alike(settle(left), settle(right)):
-        return functional.add_relu(settle(left), settle(right))
+    else:
+        left, right = settle(left), settle(right)
+        if _alike(left, right) and left.stride() == right.stride() and _lies_plainly(left):
+            return functional.add_relu(left, right)
     return F.relu(add(settle(left), settle(right)))
 
 
@@ -286,21 +374,76 @@ def _alike(input: Tensor, residual: Tensor) -> bool:
     return input.shape == residual.shape and input.dtype == residual.dtype and input.device == residual.device
 
 
-def _apart(value: Deferred, module: nn.Module) -> bool:
-    """Whether no BatchNorm that waits in ``value`` is part of ``module``, which would update its statistics first."""
+def _lies_plainly(input: Tensor) -> bool:
+    """Whether torch gives what it computes of ``input`` the strides of ``input``, and so do the operators.
+
+    That is in NCHW or channels_last, without gaps, with the strides of the format for sizes of 1 too, which say nothing
+    of where values are, but which torch and the operators take the format from.
+    """
+    if not _is_tensor(input) or input.dtype not in backend.DTYPES:
+        return False
+    if input.is_contiguous():
+        return input.dim() < 4 or 1 not in input.shape or input.stride() == _strides(input, channels_last=False)
+    if peek_interpreter_stack() is not None or input.dim() not in _CHANNELS_LAST:
+        return False
+    if not input.is_contiguous(memory_format=_CHANNELS_LAST[input.dim()]):
+        return False
+    return 1 not in input.shape or input.stride() == _strides(input, channels_last=True)
+
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def _strides(input: Tensor, channels_last: bool) -> tuple[int, ...]:
+    """The strides of a tensor without gaps."""
+    _, channels, *positions = input.shape
+    strides, step = [], channels if channels_last else 1
+    for size in reversed(positions):
+        strides.insert(0, step)
+        step *= size
+    return (step, 1, *strides) if channels_last else (step * channels, step, *strides)
+
+
+def _apart(value: Deferred, module: nn.Module, args: tuple) -> bool:
+    """Whether ``module``, called with ``args``, neither sees nor changes the statistics of what waits in ``value``."""
+    statistics = _statistics(value)
+    if not statistics:
+        return True
+    trains = any(bn.training for bn in _norms(value))
+    others = [one for one in args if isinstance(one, Tensor)] if trains else []
+    for part in module.modules():
+        if part._buffers and (trains or part.training):
+            others += [buffer for buffer in part._buffers.values() if buffer is not None]
+    if torch.compiler.is_compiling():  # a graph knows who is who, and no storage
+        return not any(one is other for one in statistics for other in others)
+    return _storages(statistics).isdisjoint(_storages(others))
+
+
+def _norms(value) -> list[nn.Module]:
+    """The BatchNorms that wait in a value."""
     if isinstance(value, Sum):
-        return all(_apart(part, module) for part in (value.left, value.right) if isinstance(part, Deferred))
-    if isinstance(value, Normalized) and value.bn.training:
-        statistics = value.bn.running_mean
-        return not any(
-            part is value.bn or (statistics is not None and getattr(part, "running_mean", None) is statistics)
-            for part in module.modules()
-        )
-    return True
+        return [*_norms(value.left), *_norms(value.right)]
+    return [value.bn] if isinstance(value, Normalized) and value.waits() else []
+
+
+def _statistics(value) -> list[Tensor]:
+    return [buffer for bn in _norms(value) for buffer in bn._buffers.values() if buffer is not None]
+
+
+def _storages(tensors: list[Tensor]) -> set[int]:
+    return {tensor.untyped_storage()._cdata for tensor in tensors if tensor.layout is torch.strided}
 
 
 def _is_tensor(value) -> bool:
-    return isinstance(value, Tensor | Deferred)
+    """A tensor on which torch's functions run nothing but themselves, or what stands for one."""
+    if isinstance(value, Deferred):
+        return True
+    kind = type(value)
+    if kind is not Tensor and kind is not nn.Parameter:
+        own = getattr(kind, "__torch_function__", None)
+        if not isinstance(value, Tensor) or own is not torch._C._disabled_torch_function_impl:
+            return False
+    return value.layout is torch.strided and not value.is_nested
 
 
 def _waits(value) -> bool:
@@ -317,5 +460,9 @@ HELPERS = {
     "_resnet_fused_add": add,
     "_resnet_fused_method": method,
     "_resnet_fused_settle": settle,
+    "_resnet_fused_look": look,
+    "_resnet_fused_attribute": attribute,
+    "_resnet_fused_class": base_of,
+    "_resnet_fused_abandoned": abandoned,
     "_resnet_fused_operator": operator,
 }

@@ -2,24 +2,25 @@
 
 import ast
 import copy
+import types
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 
+from .. import bypass
 from .deferred import METHODS
 from .liveness import assigned
-from .syntax import helper_call, is_operand, is_plain, settle_call
+from .syntax import asks_nothing, helper_call, is_operand, is_plain, raises_nothing, settle_call
 
 if TYPE_CHECKING:
     from .statements import Writer
 
 _TEMPORARY = "_resnet_fused_value"
-_FUNCTIONS = (F.relu, torch.relu, torch.relu_, torch.add)
+_FUNCTIONS = (*bypass.RELUS, bypass.ADD)
 # What a BatchNorm changes when it runs.
 _STATE = ("running_mean", "running_var", "num_batches_tracked")
-# They look at their arguments, as reading an attribute does.
-_LOOKS = (getattr, hasattr, isinstance, len, type, torch.jit.is_scripting, torch.jit.is_tracing)
+# They run nothing of the user's.
+_QUIET = (type, torch.jit.is_scripting, torch.jit.is_tracing)
 
 
 class Expressions:
@@ -52,6 +53,21 @@ class Expressions:
         new, lazy = self.expression(node, now=not isinstance(node, ast.BinOp))
         return settle_call(new) if lazy else new
 
+    def truth(self, node: ast.expr) -> ast.expr:
+        """The expression of a condition."""
+        new = self.value(node)
+        return new if asks_nothing(node) else self.looked(new, "truth")
+
+    def looked(self, node: ast.expr, into: str = "") -> ast.expr:
+        """The expression, of whose value an operator asks something that may run code of a class.
+
+        ``into``: as for :func:`.deferred.look`.
+        """
+        held = self.names_held()
+        if not held or isinstance(node, ast.Constant):
+            return node
+        return helper_call("look", [ast.Tuple(held, ast.Load()), node, ast.Constant(into)], node)
+
     def expression(self, node: ast.expr, now: bool) -> tuple[ast.expr, bool]:
         """The expression, and whether its value may wait. ``now``: whether it is used before anything else runs."""
         if node in self.closed:
@@ -75,7 +91,7 @@ class Expressions:
             case ast.BinOp(left=left, op=ast.Add(), right=right):
                 return self.add(node, left, right, now, inplace=False)
             case ast.IfExp(test=test, body=body, orelse=orelse):
-                test = self.value(test)
+                test = self.truth(test)
                 self.conditional += 1
                 (body, one), (orelse, other) = self.expression(body, now), self.expression(orelse, now)
                 self.conditional -= 1
@@ -97,9 +113,9 @@ class Expressions:
             return not isinstance(function, ast.Attribute) and len(args) == 1 and not keywords
         others = [*args[1:], *(keyword.value for keyword in keywords)]
         known = self.writer.named(function)
-        if known is torch.add:
+        if known is bypass.ADD:
             return len(args) == 2 and not keywords
-        if known is F.relu:
+        if known is bypass.RELU:
             return all(isinstance(other, ast.Constant) for other in others)
         return any(known is function for function in _FUNCTIONS) and not others
 
@@ -139,8 +155,8 @@ class Expressions:
     def both(self, left: ast.expr, right: ast.expr) -> tuple[tuple[ast.expr, bool], tuple[ast.expr, bool]]:
         """Two operands, the first of which may wait while the second is computed."""
         first, lazy = self.expression(left, now=is_plain(right))
-        if not lazy or is_plain(right):
-            return (first, lazy), self.expression(right, now=True)
+        if not lazy or raises_nothing(right, self.writer.bound | {self.writer.me}):
+            return self.operands((first, lazy), self.expression(right, now=True))
         if isinstance(first, ast.Name):
             self.held.append((first.id, None))
         else:
@@ -150,7 +166,11 @@ class Expressions:
             self.held.append((name, left))
         second = self.expression(right, now=True)
         self.held.pop()
-        return (first, lazy), second
+        return self.operands((first, lazy), second)
+
+    def operands(self, *pairs: tuple[ast.expr, bool]) -> tuple[tuple[ast.expr, bool], ...]:
+        """The operands of an add, which may be told of what else waits."""
+        return tuple((new if lazy else self.looked(new), lazy) for new, lazy in pairs)
 
     def add(self, node, left: ast.expr, right: ast.expr, now: bool, inplace: bool) -> tuple[ast.expr, bool]:
         """A sum."""
@@ -185,17 +205,85 @@ class Expressions:
             return node
         if isinstance(node, ast.NamedExpr) and node.target.id in self.lazy:
             self.early.add(node.target.id)
+        if self.is_class_of_self(node):
+            self.writer.asks_self = True
+            return helper_call("class", [ast.Name(self.writer.me, ast.Load())], node)
         lazily = isinstance(node, ast.BoolOp | ast.Compare | ast.NamedExpr)
         self.conditional += lazily
         new = copy.copy(node)
         for field, part in ast.iter_fields(node):
             setattr(new, field, self.part(part))
         self.conditional -= lazily
-        looks = isinstance(node, ast.Call) and any(self.writer.named(node.func) is function for function in _LOOKS)
-        reads = isinstance(node, ast.Attribute) and node.attr in _STATE
-        if reads or (isinstance(node, ast.Call) and not looks):
-            self.interrupt()
+        self.tell(node, new)
         return new
+
+    def is_class_of_self(self, node: ast.AST) -> bool:
+        """Whether an expression is the class of self, which another one has been put in the place of."""
+        match node:
+            case ast.Attribute(value=ast.Name(id=name), attr="__class__", ctx=ast.Load()):
+                return name == self.writer.me
+            case ast.Call(func=function, args=[ast.Name(id=name)], keywords=[]):
+                return name == self.writer.me and self.writer.named(function) is type
+        return False
+
+    def tell(self, node: ast.AST, new) -> None:
+        """Has what a part of the source asks of its operands told of what waits, or settles that first."""
+        match node:
+            case ast.Attribute(value=value, attr=name):
+                if name in _STATE or name.startswith("__"):
+                    self.interrupt()
+                elif not self.is_quiet_owner(value) and self.names_held():
+                    held = ast.Tuple(self.names_held(), ast.Load())
+                    new.value = helper_call("attribute", [held, new.value], value)
+            case ast.Compare(ops=ops):
+                if not all(isinstance(op, ast.Is | ast.IsNot) for op in ops):
+                    found = [isinstance(op, ast.In | ast.NotIn) for op in ops]
+                    new.left = self.looked(new.left)
+                    new.comparators = [
+                        self.looked(part, "items" if within else "")
+                        for part, within in zip(new.comparators, found, strict=True)
+                    ]
+            case ast.BoolOp(values=values):
+                pairs = zip(values, new.values, strict=True)
+                new.values = [part if asks_nothing(value) else self.looked(part, "truth") for value, part in pairs]
+            case ast.UnaryOp(op=op, operand=operand):
+                if not (isinstance(op, ast.Not) and asks_nothing(operand)):
+                    new.operand = self.looked(new.operand, "truth" if isinstance(op, ast.Not) else "")
+            case ast.BinOp():
+                new.left, new.right = self.looked(new.left), self.looked(new.right)
+            case ast.Subscript(slice=index):
+                new.value = self.looked(new.value, "truth")
+                if not isinstance(index, ast.Slice):
+                    new.slice = self.looked(new.slice)
+            case ast.FormattedValue():
+                new.value = self.looked(new.value)
+            case ast.Call(func=function, args=args):
+                known = self.writer.named(function)
+                if known is len and len(args) == 1:
+                    new.args = [self.looked(new.args[0], "truth")]
+                elif not self.is_quiet_call(known, args):
+                    self.interrupt()
+            case ast.Starred() | ast.Dict() | ast.Set() | ast.Slice():
+                if not all(isinstance(part, ast.Constant) for part in ast.iter_child_nodes(node)):
+                    self.interrupt()
+
+    def is_quiet_owner(self, node: ast.expr) -> bool:
+        """Whether to read an attribute of it runs no code: of self, and of a module of Python's."""
+        if isinstance(node, ast.Name) and node.id == self.writer.me:
+            return True
+        return type(self.writer.named(node)) is types.ModuleType
+
+    def is_quiet_call(self, function, args: list[ast.expr]) -> bool:
+        """Whether a call runs no code of the user's."""
+        if any(function is quiet for quiet in _QUIET):
+            return True
+        if function is isinstance and len(args) == 2:
+            # A metaclass may have its own opinion.
+            return type(self.writer.named(args[1])) in (type, type(torch.Tensor))
+        if (function is getattr or function is hasattr) and len(args) >= 2:
+            of_self = isinstance(args[0], ast.Name) and args[0].id == self.writer.me
+            return of_self and isinstance(args[1], ast.Constant) and args[1].value not in _STATE
+        return False
 
     def part(self, part):
         """The same, where an expression may be a call that is known."""

@@ -22,14 +22,15 @@ def kind_of(module: nn.Module) -> kinds.Kind | None:
     torch.compile traces: reading its source is none of the model's work.
     """
     cls = type(module)
-    if cls not in kinds.KINDS and not torch.compiler.is_compiling():
+    key = id(cls)
+    if key not in kinds.KINDS and not torch.compiler.is_compiling():
         learn([cls])
-    return kinds.KINDS.get(cls)
+    return kinds.KINDS.get(key)
 
 
 def learn(classes: Iterable[type[nn.Module]]) -> None:
     """Adds to :mod:`.kinds` what is known of some classes, or that nothing is."""
     for cls in classes:
-        if cls not in kinds.KINDS and not issubclass(cls, Fused):
+        if id(cls) not in kinds.KINDS and not issubclass(cls, Fused):
             package = _PACKAGES.get(cls.__module__.partition(".")[0])
-            kinds.KINDS[cls] = kinds.inherited(cls) or (None if package is None else package(cls))
+            kinds.remember(cls, kinds.inherited(cls) or (None if package is None else package(cls)))

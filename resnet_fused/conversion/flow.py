@@ -10,8 +10,6 @@ import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .. import bypass, modules
@@ -161,6 +159,8 @@ class _Frame:
     def rectified(self, value, relu: Any) -> bool:
         """Whether a ReLU runs in one operator with what waits."""
         found = False
+        if not self.flow.hopeful and bypass.is_relu_replaced():
+            return False
         for one in alternatives(value):
             if isinstance(one, Norm) and not one.done:
                 one.done = found = True
@@ -252,11 +252,11 @@ class _Frame:
                     self.settle(value, function.value)
                 return UNKNOWN
             return self.fit(self.call_module(function.value, args[0]), now)
-        if isinstance(function, Known) and function.value in (F.relu, torch.relu, torch.relu_):
+        if isinstance(function, Known) and function.value in bypass.RELUS:
             if not self.rectified(args[0], None):
                 self.settle(args[0], "a ReLU")
             return UNKNOWN
-        if isinstance(function, Known) and function.value is torch.add:
+        if isinstance(function, Known) and function.value is bypass.ADD:
             return self.add(now, False, *args)
         for value in (*held, *args):
             self.settle(value, "a call")
@@ -301,7 +301,8 @@ class _Frame:
             if inplace and not (waits(one) or is_owned(one)):
                 self.settle(right, "an add into another tensor")
                 return UNKNOWN
-        if isinstance(left, Known) or isinstance(right, Known) or not (now or owned):
+        replaced = not self.flow.hopeful and bypass.is_add_replaced()
+        if isinstance(left, Known) or isinstance(right, Known) or not (now or owned) or replaced:
             for value in (left, right):
                 self.settle(value, "an add without a ReLU that is known")
             return UNKNOWN
@@ -342,7 +343,7 @@ def _defaults(function: types.FunctionType) -> dict[str, Known]:
 
 
 def _norm(bn: nn.Module):
-    kind = kinds.KINDS[type(bn)]
+    kind = families.kind_of(bn)
     if kind.norm is None:
         return bn
     return kinds.Frozen(bn.weight, bn.bias, bn.running_mean, bn.running_var, 0.0)

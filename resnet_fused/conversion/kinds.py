@@ -6,6 +6,7 @@ files of the model families (:mod:`.timm_layers`, :mod:`.torchvision_ops`, :mod:
 of the classes of their packages.
 """
 
+import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -68,8 +69,7 @@ def _no_dropout(dropout: nn.Module) -> bool:
     return dropout.p == 0.0 or (not dropout.training and 0.0 <= dropout.p <= 1.0)
 
 
-# None for a class of which nothing is known.
-KINDS: dict[type[nn.Module], Kind | None] = {
+_OF_TORCH: dict[type[nn.Module], Kind] = {
     **{cls: Kind(NORM, cls.forward) for cls in _BATCH_NORMS},
     nn.SyncBatchNorm: Kind(NORM, nn.SyncBatchNorm.forward, why_not=synchronizes),
     nn.ReLU: Kind(RELU, nn.ReLU.forward),
@@ -79,6 +79,14 @@ KINDS: dict[type[nn.Module], Kind | None] = {
     nn.Sequential: Kind(CHAIN, nn.Sequential.forward),
     nn.MaxPool2d: Kind(POOL, nn.MaxPool2d.forward),
 }
+# By the id of a class, for as long as it lives, what is known of it; None where nothing is.
+KINDS: dict[int, Kind | None] = {id(cls): kind for cls, kind in _OF_TORCH.items()}
+
+
+def remember(cls: type[nn.Module], kind: Kind | None) -> None:
+    """Notes what is known of a class, and keeps it alive no longer than others do."""
+    KINDS[id(cls)] = kind
+    weakref.finalize(cls, KINDS.pop, id(cls), None).atexit = False
 
 
 def inherited(cls: type[nn.Module]) -> Kind | None:
@@ -104,9 +112,20 @@ def why_not(module: nn.Module, kind: Kind) -> str | None:
     reason = bypass.why_called(module)
     if reason is None and type(module).forward is not kind.forward:
         reason = f"is of {type(module).__name__}, whose forward was replaced"
+    if reason is None and kind.role in _REPLACED and _REPLACED[kind.role][0]():
+        reason = _REPLACED[kind.role][1]
     if reason is None and kind.why_not is not None:
         reason = kind.why_not(module)
     return reason
+
+
+# What a module of a role calls.
+_REPLACED = {
+    NORM: (bypass.is_batch_norm_replaced, "calls torch's batch_norm, which was replaced"),
+    RELU: (bypass.is_relu_replaced, "calls torch's relu, which was replaced"),
+    SAME: (bypass.is_dropout_replaced, "calls torch's dropout, which was replaced"),
+    POOL: (bypass.is_max_pool_replaced, "calls torch's max_pool2d, which was replaced"),
+}
 
 
 def makes_fresh(module: nn.Module, kind: Kind) -> bool:

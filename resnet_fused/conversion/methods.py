@@ -8,8 +8,8 @@ from torch import nn
 from torch.fx import GraphModule
 
 from ..tracing import scripted_as
-from .classes import check_class, fused_class
-from .deferred import settle, walk
+from .classes import check_class, fused_class, known_class
+from .deferred import abandoned, settle, walk
 from .rewriting import Rewritten, rewritten
 from .source import Refused
 
@@ -45,9 +45,9 @@ def methods_of(cls: type[nn.Module]) -> dict[str, Rewritten]:
             if name == "forward":
                 raise Refused(f"its forward: {refusal}") from refusal
             continue
-        properties = sorted(name for name in _own(known) if isinstance(getattr(cls, name, None), property))
+        properties = sorted(name for name in _own(known) if _runs_code(inspect.getattr_static(cls, name, None)))
         if properties:
-            # It runs code of the class, which may look at a BatchNorm whose output waits.
+            # It may look at a BatchNorm whose output waits.
             if name == "forward":
                 raise Refused(f"its forward reads the property {properties[0]}")
             continue
@@ -79,23 +79,38 @@ class Methods:
 
 
 def class_for(base: type[nn.Module], recompute: bool | str) -> type[nn.Module]:
-    """The fused class for modules of class ``base``.
+    """The fused class for modules of class ``base``; always the same for as long as it is in use.
 
     Raises:
         Refused: there is none, with the reason.
     """
     check_class(base)
-    if is_chain(base):
-        return fused_class(base, (("forward", _chain_forward),), walk, True, recompute)
-    methods = methods_of(base)
-    changed = tuple((name, method.closed) for name, method in sorted(methods.items()) if method.waits)
-    return fused_class(base, changed, methods["forward"].open, False, recompute)
+    chain = is_chain(base)
+    methods = {} if chain else methods_of(base)
+    originals = {"forward": _CHAIN} if chain else {name: method.original for name, method in methods.items()}
+    known = known_class(base, originals, recompute)
+    if known is not None:
+        return known
+    if chain:
+        return fused_class(base, originals, {"forward": _chain_forward}, walk, True, recompute)
+    changed = {name: method for name, method in methods.items() if method.waits or method.asks_self}
+    closed = {name: method.closed(base, name) for name, method in sorted(changed.items())}
+    return fused_class(base, originals, closed, methods["forward"].open, False, recompute)
+
+
+_CHAIN = nn.Sequential.forward
 
 
 @scripted_as(nn.Sequential.forward)
 def _chain_forward(self, input):
     """What the children compute one after another."""
-    return settle(walk(self, input))
+    if self._fusion_base.forward is not _CHAIN:
+        return self._fusion_base.forward(self, input)
+    try:
+        return settle(walk(self, input))
+    except BaseException as error:
+        abandoned(error)
+        raise
 
 
 def _functions(cls: type[nn.Module]) -> dict[str, types.FunctionType]:
@@ -113,11 +128,23 @@ def _functions(cls: type[nn.Module]) -> dict[str, types.FunctionType]:
     return {name: function for name, function in functions.items() if name not in static}
 
 
+def _runs_code(member) -> bool:
+    """Whether to read a member of a class runs code of its own: a property, or the like."""
+    plain = (types.FunctionType, staticmethod, classmethod, types.BuiltinFunctionType, type)
+    return hasattr(type(member), "__get__") and not isinstance(member, plain)
+
+
 def _own(method: Rewritten) -> set[str]:
     """The attributes of self that a method reads."""
-    return {
-        node.attr
-        for statement in method.body
-        for node in ast.walk(statement)
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == method.me
-    }
+    names = set()
+    for statement in method.body:
+        for node in ast.walk(statement):
+            match node:
+                case ast.Attribute(value=ast.Name(id=owner), attr=name) if owner == method.me:
+                    names.add(name)
+                case ast.Call(
+                    func=ast.Name(id="getattr" | "hasattr"),
+                    args=[ast.Name(id=owner), ast.Constant(value=str(name)), *_],
+                ) if owner == method.me:
+                    names.add(name)
+    return names

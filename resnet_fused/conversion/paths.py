@@ -7,10 +7,11 @@ import operator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from .. import bypass
 from .classes import base_of
+from .deferred import is_quiet
 from .followed import UNKNOWN, Bound, Either, Fresh, Items, Known, Unknown, either, waits
 from .rewriting import Rewritten
 
@@ -332,12 +333,21 @@ class Path:
         if name == "settle":
             value = self.value(nodes[0])
             return frame.settle(value, "other code than a ReLU or an add")
+        if name == "class":
+            owner = self.value(nodes[0])
+            return Known(base_of(owner.value)) if isinstance(owner, Known) else UNKNOWN
+        if name in ("look", "attribute"):
+            value = self.value(nodes[1])
+            quiet = runs_nothing(value, name == "attribute", nodes[-1].value if name == "look" else "")
+            for held in () if quiet else nodes[0].elts:
+                frame.settle(self.value(held), "other code that runs before it is used")
+            return value
         now = nodes[0].value
         if name == "call":
             function = self.value(nodes[2])
             args = [self.value(argument) for argument in nodes[3:]]
             held = [self.value(value) for value in nodes[1].elts]
-            is_relu = isinstance(function, Known) and function.value is F.relu
+            is_relu = isinstance(function, Known) and function.value is bypass.RELU
             return frame.call(now, held, function, args[:1] if is_relu else args)
         if name == "add":
             return frame.add(now, nodes[1].attr == "iadd", self.value(nodes[2]), self.value(nodes[3]))
@@ -351,6 +361,16 @@ class Path:
 
 def _distinct(paths: list[Path]) -> list[Path]:
     return list({path.seen(): path for path in paths}.values()) if len(paths) > 1 else paths
+
+
+def runs_nothing(value, read: bool, into: str) -> bool:
+    """Whether :func:`.deferred.attribute` (``read``) or :func:`.deferred.look` lets others wait beside a value.
+
+    Of a value that is not known it depends on what that is: an attribute of a tensor and an item of a list do.
+    """
+    if isinstance(value, Known):
+        return is_quiet(value.value, read, into)
+    return bool(read or into) and isinstance(value, Unknown | Items)
 
 
 def _identity(value):

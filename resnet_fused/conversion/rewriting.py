@@ -22,10 +22,14 @@ What is shown of every value that may wait, on every path:
 - Where code runs before it is used, that is calls which are told of it (``held``) so that they can settle it. Before
   any other call, an assignment in place, a store to an attribute, a read of running statistics or a ``del`` it is
   settled.
+- What is not known to run nothing is told of it too: ``look`` is given the operands of operators, conditions and
+  subscripts, and ``attribute`` what an attribute is read of, and either settles it unless these are numbers, containers
+  or the like. Names, constants, ``is`` and the attributes of self need no telling.
 - ``now`` says that nothing runs between a call and the use of its result.
+- Where an exception leaves the forward, what waits is settled (``abandoned``): it lies in a variable, if only a
+  temporary one, wherever something might raise.
 
-Operators of tensors (``a * b``) run no code of the model, and its attributes are read freely; a forward that reads a
-property of its class is left alone.
+A forward that reads a property of its class is left alone. ``type(self)`` is the class that the module had.
 """
 
 import __future__
@@ -35,6 +39,7 @@ import copy
 import inspect
 import types
 import warnings
+import weakref
 from typing import Any, NamedTuple
 
 from .deferred import HELPERS
@@ -42,6 +47,11 @@ from .source import Refused, definition
 from .statements import Writer
 
 _FACTORY = "_resnet_fused_factory"
+_INNER = "_resnet_fused_inner"
+_BODY = "_resnet_fused_body"
+_ORIGINAL = "_resnet_fused_original"
+_BASE = "_resnet_fused_base"
+_ERROR = "_resnet_fused_error"
 _STRANGE = (ast.Yield, ast.YieldFrom, ast.Await, ast.AsyncFor, ast.AsyncWith, ast.Match, ast.Global, ast.Nonlocal)
 _STRANGE_CALLS = ("locals", "vars", "eval", "exec", "globals", "dir")
 
@@ -52,26 +62,53 @@ class Rewritten(NamedTuple):
     Attributes:
         me: the name of its first argument.
         arguments: the names of the others.
-        closed: gives tensors, as the original does.
+        inner: gives tensors, as the original does.
         open: may give a value that waits.
         body, open_body: the statements of each.
         waits: whether any value may wait in it.
         asks_classes: whether it compares the exact class of something else than its arguments.
+        asks_self: whether it reads the class of self.
     """
 
     original: types.FunctionType
     me: str
     arguments: tuple[str, ...]
-    closed: types.FunctionType
+    inner: types.FunctionType
     open: types.FunctionType
     body: list[ast.stmt]
     open_body: list[ast.stmt]
     waits: bool
     asks_classes: bool
+    asks_self: bool
+    tree: ast.FunctionDef
+
+    def closed(self, base: type, name: str) -> types.FunctionType:
+        """What the class made of ``base`` has as ``name``: ``inner``, or what ``base`` has there by now.
+
+        Where an exception leaves it nothing waits any more. That is a function around the body and not a ``try`` in it,
+        in which torch.compile breaks no graph.
+        """
+        code = _compiled(self.original.__code__, self.tree, _guarded(self.tree, name))
+        return _function(self.original, code, {_BODY: self.inner, _ORIGINAL: self.original, _BASE: base})
 
 
-# The code of a function may be replaced.
-_KNOWN: dict[tuple[types.FunctionType, types.CodeType], Rewritten | Refused] = {}
+class _Written(NamedTuple):
+    """What a :class:`Rewritten` is made of, without the functions, which would keep their class alive."""
+
+    inner: types.CodeType
+    open: types.CodeType
+    body: list[ast.stmt]
+    open_body: list[ast.stmt]
+    waits: bool
+    asks_classes: bool
+    asks_self: bool
+    tree: ast.FunctionDef
+
+
+# The code of a function may be replaced. Of one that is refused, why.
+_KNOWN: weakref.WeakKeyDictionary[types.FunctionType, tuple[types.CodeType, _Written | str]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def rewritten(function: types.FunctionType) -> Rewritten:
@@ -80,20 +117,33 @@ def rewritten(function: types.FunctionType) -> Rewritten:
     Raises:
         Refused: its source is not at hand or not its own, or it says something that is not known here.
     """
-    key = function, function.__code__
-    known = _KNOWN.get(key)
-    if known is None:
+    code, known = _KNOWN.get(function, (None, None))
+    if code is not function.__code__:
         try:
-            known = _rewrite(function)
+            known = _write(function)
         except Refused as refusal:
-            known = refusal
-        _KNOWN[key] = known
-    if isinstance(known, Refused):
-        raise known
-    return known
+            known = str(refusal)
+        _KNOWN[function] = function.__code__, known
+    if isinstance(known, str):
+        raise Refused(known)
+    code = function.__code__
+    arguments = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
+    return Rewritten(
+        function,
+        code.co_varnames[0],
+        arguments,
+        _function(function, known.inner, {}),
+        _function(function, known.open, {}),
+        known.body,
+        known.open_body,
+        known.waits,
+        known.asks_classes,
+        known.asks_self,
+        known.tree,
+    )
 
 
-def _rewrite(function: types.FunctionType) -> Rewritten:
+def _write(function: types.FunctionType) -> _Written:
     code = function.__code__
     if hasattr(function, "__wrapped__") or code.co_argcount == 0:
         raise Refused("it is wrapped by a decorator")
@@ -103,14 +153,36 @@ def _rewrite(function: types.FunctionType) -> Rewritten:
     if "getattr" in code.co_names and "getattr" not in function.__globals__:
         tree = _Attributes().visit(copy.deepcopy(tree))
     _check(tree, code.co_varnames[0])
-    bodies, waits = [], False
+    bodies, waits, asks_self = [], False, False
     for is_open in (False, True):
         writer = Writer(function, tree, is_open)
         bodies.append(writer.body(tree.body))
         waits = waits or writer.waits
-    closed, opened = (_function(function, tree, body) for body in bodies)
-    arguments = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
-    return Rewritten(function, code.co_varnames[0], arguments, closed, opened, *bodies, waits, _asks_classes(tree))
+        asks_self = asks_self or writer.asks_self
+    codes = [_compiled(code, tree, body) for body in bodies]
+    return _Written(*codes, *bodies, waits, _asks_classes(tree), asks_self, tree)
+
+
+def _guarded(tree: ast.FunctionDef, name: str) -> list[ast.stmt]:
+    args = tree.args
+    given = [argument.arg for argument in (*args.posonlyargs, *args.args)]
+    given += [f"*{args.vararg.arg}"] if args.vararg else []
+    given += [f"{argument.arg}={argument.arg}" for argument in args.kwonlyargs]
+    given += [f"**{args.kwarg.arg}"] if args.kwarg else []
+    arguments = ", ".join(given)
+    body = ast.parse(f"""
+if {_BASE}.{name} is not {_ORIGINAL}:
+    return {_BASE}.{name}({arguments})
+try:
+    return {_BODY}({arguments})
+except BaseException as {_ERROR}:
+    _resnet_fused_abandoned({_ERROR})
+    raise
+""").body
+    for statement in body:
+        for node in ast.walk(statement):
+            ast.copy_location(node, tree)
+    return body
 
 
 class _Attributes(ast.NodeTransformer):
@@ -149,11 +221,11 @@ def _check(tree: ast.FunctionDef, me: str) -> None:
             raise Refused(f"it uses {name!r}, whose name Python changes")
 
 
-def _function(original: types.FunctionType, tree: ast.FunctionDef, body: list[ast.stmt]) -> types.FunctionType:
-    """The original with another body: the same globals, defaults, closure, names and lines."""
-    code = original.__code__
+def _compiled(original: types.CodeType, tree: ast.FunctionDef, body: list[ast.stmt]) -> types.CodeType:
+    """The code of the original with another body."""
     inner = copy.copy(tree)
-    inner.body, inner.decorator_list = body, []
+    # By its own name it finds itself among the globals, as the original does.
+    inner.name, inner.body, inner.decorator_list = _INNER, body, []
     # Defaults and annotations are values of the original, not to be computed again.
     inner.args, inner.returns = copy.deepcopy(tree.args), None
     inner.args.defaults = [ast.Constant(None) for _ in tree.args.defaults]
@@ -161,7 +233,7 @@ def _function(original: types.FunctionType, tree: ast.FunctionDef, body: list[as
     for argument in ast.walk(inner.args):
         if isinstance(argument, ast.arg):
             argument.annotation = None
-    names = [*HELPERS, *code.co_freevars]
+    names = [*HELPERS, _BODY, _ORIGINAL, _BASE, *original.co_freevars]
     outer = ast.FunctionDef(
         name=_FACTORY,
         args=ast.arguments(
@@ -172,24 +244,26 @@ def _function(original: types.FunctionType, tree: ast.FunctionDef, body: list[as
     )
     if "type_params" in ast.FunctionDef._fields:
         outer.type_params = []
-    module = ast.Module([ast.copy_location(outer, tree)], type_ignores=[])
-    namespace: dict[str, Any] = {}
-    flags = code.co_flags & _future_flags()
+    module = ast.fix_missing_locations(ast.Module([ast.copy_location(outer, tree)], type_ignores=[]))
+    flags = original.co_flags & _future_flags()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        compiled = compile(ast.fix_missing_locations(module), code.co_filename, "exec", flags=flags, dont_inherit=True)
-    exec(compiled, original.__globals__, namespace)
-    made = namespace[_FACTORY](*HELPERS.values(), *(None for _ in code.co_freevars))
-    cells = dict(zip(made.__code__.co_freevars, made.__closure__ or (), strict=True))
-    cells |= dict(zip(code.co_freevars, original.__closure__ or (), strict=True))
-    closure = tuple(cells[name] for name in made.__code__.co_freevars)
-    function = types.FunctionType(
-        made.__code__.replace(co_firstlineno=code.co_firstlineno, **_qualified(code)),
-        original.__globals__,
-        original.__name__,
-        original.__defaults__,
-        closure,
-    )
+        compiled = compile(module, original.co_filename, "exec", flags=flags, dont_inherit=True)
+    code = _code_within(_code_within(compiled, _FACTORY), _INNER)
+    return code.replace(co_name=original.co_name, co_firstlineno=original.co_firstlineno, **_qualified(original))
+
+
+def _code_within(code: types.CodeType, name: str) -> types.CodeType:
+    inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
+    return next(constant for constant in inner if constant.co_name == name)
+
+
+def _function(original: types.FunctionType, code: types.CodeType, names: dict[str, Any]) -> types.FunctionType:
+    """The original with another code: the same globals, defaults, closure, and names."""
+    cells = {name: types.CellType(value) for name, value in (HELPERS | names).items()}
+    cells |= dict(zip(original.__code__.co_freevars, original.__closure__ or (), strict=True))
+    closure = tuple(cells[name] for name in code.co_freevars)
+    function = types.FunctionType(code, original.__globals__, original.__name__, original.__defaults__, closure)
     function.__kwdefaults__ = original.__kwdefaults__
     if hasattr(original, "__annotate__"):  # Python 3.14, where their values may not exist
         function.__annotate__ = original.__annotate__

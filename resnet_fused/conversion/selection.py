@@ -8,7 +8,7 @@ from torch.fx import GraphModule
 
 from ..modules import FusedBottleneck, FusedResidualBlock
 from . import families, kinds, methods
-from .classes import base_of, check_class, is_fused, why_overridden
+from .classes import are_replaced, base_of, check_class, is_fused, why_overridden
 from .source import Refused
 
 # torch.ao's, for quantization.
@@ -61,32 +61,24 @@ class Selection:
         return self._known[id(module)]
 
     def _obstacle(self, module: nn.Module) -> str | None:
-        if is_fused(module):
-            return self._replaced(module)
         cls = base_of(module)
         kind = None if is_fused(module) else families.kind_of(module)
         if kind is not None and kind.role != kinds.CHAIN:
             return f"{cls.__name__} is known as it stands"
         if isinstance(module, FusedBottleneck | FusedResidualBlock):
             return "it is fused as it stands"
+        chain = methods.is_chain(cls)
         try:
-            if not methods.is_chain(cls):
-                if _is_torchs(cls) and not issubclass(cls, GraphModule):
-                    made_of = next((base.__name__ for base in cls.__mro__[:-1] if not _is_torchs(base)), None)
-                    if made_of is not None:  # by fully_shard
-                        return f"torch made {cls.__name__} of {made_of}: fuse before that"
-                    return f"{cls.__name__} is torch's own"
-                self._methods.of(cls)
+            if not chain and _is_torchs(cls) and not issubclass(cls, GraphModule):
+                made_of = next((base.__name__ for base in cls.__mro__[:-1] if not _is_torchs(base)), None)
+                if made_of is not None:  # by fully_shard
+                    return f"torch made {cls.__name__} of {made_of}: fuse before that"
+                return f"{cls.__name__} is torch's own"
+            names = ("forward",) if chain else tuple(self._methods.of(cls))
             check_class(cls)
         except Refused as refusal:
             return str(refusal)
-        return self._replaced(module)
-
-    def _replaced(self, module: nn.Module) -> str | None:
-        if is_fused(module):
-            return replaced(module)
-        chain = methods.is_chain(type(module))
-        return _on_the_instance(module, ("forward",) if chain else tuple(self._methods.of(type(module))))
+        return _on_the_instance(module, names)
 
     def _asks_classes(self, module: nn.Module) -> bool:
         try:
@@ -98,7 +90,10 @@ class Selection:
 
 def replaced(module: nn.Module) -> str | None:
     """Why the rewritten methods of a fused module do not run; None where they do."""
-    return _on_the_instance(module, type(module)._fusion_methods) or why_overridden(type(module))
+    cls = type(module)
+    if are_replaced(cls):
+        return "a method of its class was replaced after fuse()"
+    return _on_the_instance(module, cls._fusion_originals) or why_overridden(cls)
 
 
 def _on_the_instance(module: nn.Module, names: Iterable[str]) -> str | None:

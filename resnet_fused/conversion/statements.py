@@ -11,7 +11,7 @@ import torch
 from .deferred import METHODS
 from .expressions import Expressions
 from .liveness import Liveness, assigned, blocks
-from .syntax import assign_settled, frees, is_plain, leaves, runs_nothing
+from .syntax import assign_settled, containers, frees, helper_call, is_plain, leaves, runs_nothing
 
 _CONTEXTS = (
     torch.no_grad,
@@ -41,6 +41,7 @@ class Writer:
         self.closed_region = 0  # depth of with and try
         self.waits = False
         self.temporaries = 0
+        self.asks_self = False
 
     def body(self, body: list[ast.stmt], following: ast.stmt | None = None) -> list[ast.stmt]:
         """A block, behind which ``following`` runs next, if that is known."""
@@ -142,12 +143,31 @@ class Writer:
             carried |= more
         # The next round overwrites these.
         carried -= {part.id for part in ast.walk(statement.target) if isinstance(part, ast.Name)}
+        if carried and not self.may_look_at(statement):
+            carried = set()
         body += [self.settled(name) for name in sorted(self.lazy - carried)]
+        if carried:
+            # The next item comes from these, by code of a class if it is one of the user's.
+            held = ast.Tuple([ast.Name(name, ast.Load()) for name in sorted(carried)], ast.Load())
+            for container in containers(statement.iter):
+                asked = helper_call("look", [held, container, ast.Constant("truth")], container)
+                body.append(ast.copy_location(ast.Expr(asked), statement))
         self.lazy, self.bound = carried, bound - _unbound(statement)
         new = copy.copy(statement)
         new.iter, new.body = iterable, body
         dead = carried - self.live.after[statement]
         return [new, *(self.settled(name) for name in sorted(dead))]
+
+    def may_look_at(self, statement: ast.For) -> bool:
+        """Whether what a ``for`` goes through is still what its expression says at the end of a round."""
+        names = {part.id for part in ast.walk(statement.iter) if isinstance(part, ast.Name)}
+        written = {
+            part.id for part in ast.walk(statement) if isinstance(part, ast.Name) and not isinstance(part.ctx, ast.Load)
+        }
+        attributes = any(
+            isinstance(part, ast.Attribute) and not isinstance(part.ctx, ast.Load) for part in ast.walk(statement)
+        )
+        return names.isdisjoint(written) and not attributes
 
     def settle_all(self) -> list[ast.stmt]:
         """Settles every variable that may wait."""
@@ -251,7 +271,8 @@ class Writer:
         closed: set[ast.expr] = set()
         while True:
             attempt = Expressions(self, node, closed, after=frozenset(self.lazy))
-            new = attempt.value(node)
+            condition = isinstance(statement, ast.If | ast.While)
+            new = attempt.truth(node) if condition else attempt.value(node)
             if not attempt.early and attempt.closed == closed:
                 break
             before += [self.settled(name) for name in sorted(attempt.early & self.lazy)]

@@ -43,6 +43,31 @@ def frees(statement: ast.stmt) -> bool:
     return False
 
 
+def raises_nothing(node: ast.expr, bound: set[str]) -> bool:
+    """Whether evaluating it runs nothing and cannot fail."""
+    return isinstance(node, ast.Constant) or (isinstance(node, ast.Name) and node.id in bound)
+
+
+def asks_nothing(node: ast.expr) -> bool:
+    """Whether the truth of what it gives is Python's own."""
+    match node:
+        case ast.Constant() | ast.UnaryOp(op=ast.Not()) | ast.Compare() | ast.BoolOp():
+            return True
+    return False
+
+
+def containers(node: ast.expr) -> list[ast.expr]:
+    """What a ``for`` over an expression of which :func:`runs_nothing` goes through."""
+    match node:
+        case ast.Call(func=ast.Name(), args=args):
+            return [found for argument in args for found in containers(argument)]
+        case ast.Call(func=ast.Attribute(value=owner)):
+            return [owner]
+        case ast.Constant():
+            return []
+    return [node]
+
+
 def _is_index(node: ast.expr) -> bool:
     return isinstance(node, ast.Name | ast.Constant)
 

@@ -10,7 +10,8 @@ from .classes import Fused
 
 # Whose layers hold modules as their parts alone.
 _PACKAGES = ("torchvision", "timm", "transformers", "segmentation_models_pytorch", "monai")
-_PLAIN = (bool, int, float, str, types.NoneType, torch.dtype, torch.device, torch.Size, types.BuiltinFunctionType)
+# What is asked of objects of these runs no code of the user's.
+PLAIN = (bool, int, float, str, types.NoneType, torch.dtype, torch.device, torch.Size, types.BuiltinFunctionType)
 _OF_ALL_MODULES = frozenset(vars(nn.Module()))
 
 
@@ -31,5 +32,5 @@ def _is_plain(value) -> bool:
     if isinstance(value, types.FunctionType):
         return value.__closure__ is None
     if type(value) in (list, tuple):
-        return len(value) < 100 and all(type(item) in _PLAIN for item in value)
-    return type(value) in _PLAIN
+        return len(value) < 100 and all(type(item) in PLAIN for item in value)
+    return type(value) in PLAIN

@@ -7,6 +7,7 @@ import functools
 import math
 import random
 import sys
+import types
 from collections.abc import Callable, Collection, Iterator
 
 import torch
@@ -16,10 +17,14 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
 
+from ..bypass import EXCLUDED
 from ..example_inputs import Arguments, arguments_of, made_up
-from .comparison import Tolerance, coarsest, compared, magnitude, tensors_of
+from .comparison import Comparison, Tolerance, coarsest, compared, magnitude, tensors_of
 
 SEED = 20240229
+# What an attribute is compared as, beside tensors; and those that every module has.
+_PLAIN = (bool, int, float, complex, str, bytes, types.NoneType)
+_OF_ALL_MODULES = frozenset(vars(nn.Module()))
 # An example that amplifies more than most may differ by _MARGIN times what a change of all parameters by _NOISE eps
 # makes: as much is rounded by a BatchNorm that computes in another order, and this in all layers. In 16 bits such a
 # change is no small one, and says nothing.
@@ -47,7 +52,10 @@ class VerificationError(RuntimeError):
 
 
 def verify(model: nn.Module, convert: Callable[[nn.Module], object], example_inputs=None) -> None:
-    """Compares copies of ``model``, one of them converted: outputs, gradients and buffers, in eval and in train mode.
+    """Compares copies of ``model``, one of them converted, in eval and in train mode.
+
+    That is outputs, gradients, parameters, buffers, and the attributes of modules that the run changes, where these are
+    numbers, strings, tensors or containers of those. An attribute that is another one each time is left out.
 
     The copies run in float64 where the model can, in its own dtype where not; each with the same random numbers, so
     dropout may be part of it. The train run has every module in the mode that it is in, such as a frozen BatchNorm; all
@@ -61,7 +69,7 @@ def verify(model: nn.Module, convert: Callable[[nn.Module], object], example_inp
             keyword arguments. Without it inputs are made up from the first convolution or linear layer.
 
     Raises:
-        VerificationError: the converted copy raises, or gives another output, gradient or buffer.
+        VerificationError: the converted copy raises, or gives another output, gradient, buffer or attribute.
         ValueError: the model is on the meta device, cannot be copied, runs on no made-up input (or not on
             ``example_inputs``), returns no tensor, gives different results each time it runs, or on this input
             amplifies rounding so much that nothing can be said.
@@ -72,6 +80,7 @@ def verify(model: nn.Module, convert: Callable[[nn.Module], object], example_inp
         setting, expected = _reference(model, example_inputs)
         for mode in MODES:
             again = _run(model, setting, mode)
+            _leave_out_what_changes(expected[mode], again)
             if _first_difference(expected[mode], again, mode, _Scales()) is not None:
                 raise ValueError(
                     f"the model is not deterministic and cannot be verified: it gives different results in {mode.name} "
@@ -169,13 +178,17 @@ class _Scales:
 
 @dataclasses.dataclass(frozen=True)
 class _Compared:
-    """One comparison: of the module's buffer or gradient; module is None for outputs, which locate nothing."""
+    """One comparison: of the module's buffer, attribute or gradient; module is None for outputs, which locate nothing.
+
+    ``rounds``: whether it is a value that rounding changes.
+    """
 
     module: str | None
     what: str
     how: str
     ratio: float
     gradients: bool = False
+    rounds: bool = True
 
 
 @dataclasses.dataclass
@@ -188,6 +201,10 @@ class _Results:
     gradients: dict[str, Tensor | None]
     input_gradients: list[Tensor | None]
     buffers: dict[str, Tensor]
+    parameters: dict[str, Tensor]
+    attributes: dict[str, list]
+    changed: set[str]
+    unsure: set[str] = dataclasses.field(default_factory=set)
 
 
 def _reference(model: nn.Module, example_inputs) -> tuple[_Setting, dict[_Mode, _Results]]:
@@ -239,10 +256,12 @@ def _run(
             for parameter in twin.parameters():
                 _shake(parameter, noise)
     _seed()
+    before = _attributes(twin)
     with torch.set_grad_enabled(mode.gradients):
         outputs = tensors_of(twin(*arguments, **named))
         if mode.gradients:
             _backward(outputs)
+    after = _attributes(twin)
     return _Results(
         watch,
         [output.detach() for output in outputs],
@@ -250,7 +269,56 @@ def _run(
         {name: parameter.grad for name, parameter in twin.named_parameters()},
         [leaf.grad for leaf in leaves],
         dict(twin.named_buffers()),
+        {name: parameter.detach() for name, parameter in twin.named_parameters()},
+        after,
+        {name for name in before.keys() | after.keys() if _differing(before.get(name), after.get(name)).ratio > 1},
     )
+
+
+def _attributes(model: nn.Module) -> dict[str, list]:
+    """By name, the leaves of the attributes of all modules, beside what every module has."""
+    found = {}
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            leaves = pytree.tree_leaves(value)
+            known = all(isinstance(leaf, (Tensor, *_PLAIN)) for leaf in leaves)
+            if known and (attribute == "training" or attribute not in _OF_ALL_MODULES) and attribute != EXCLUDED:
+                leaves = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+                found[f"{name}.{attribute}"] = [*leaves, str(pytree.tree_structure(value))]
+    return found
+
+
+# Two runs of one model give the same bits.
+_ALIKE = Tolerance(torch.float64, 1.0)
+
+
+def _leave_out_what_changes(expected: _Results, again: _Results) -> None:
+    """Leaves out of a comparison the attributes that differ between two runs of one model, such as a time."""
+    for name in expected.changed | again.changed:
+        if _differing(expected.attributes.get(name), again.attributes.get(name)).ratio > 1:
+            expected.changed.discard(name)
+            expected.unsure.add(name)
+
+
+def _differing(expected: list | None, actual: list | None, tolerance: Tolerance = _ALIKE) -> Comparison:
+    """How much the leaves of two attributes differ."""
+    if expected is None or actual is None or len(expected) != len(actual):
+        return Comparison(0.0 if expected == actual else math.inf, f"is {_shown(actual)}, and was {_shown(expected)},")
+    for pair in zip(expected, actual, strict=True):
+        numbers = all(type(one) is float for one in pair)
+        tensors = [torch.tensor(one, dtype=torch.float64) for one in pair] if numbers else list(pair)
+        if all(isinstance(one, Tensor) for one in tensors):
+            comparison = compared(tensors[:1], tensors[1:], tolerance)
+            if comparison.ratio > 1:
+                return comparison
+        elif any(isinstance(one, Tensor) for one in pair) or pair[0] != pair[1]:
+            return Comparison(math.inf, f"is {_shown(actual)}, and was {_shown(expected)},")
+    return Comparison(0.0, "agrees")
+
+
+def _shown(leaves: list | None) -> str:
+    shown = "missing" if leaves is None else ", ".join(map(str, leaves[:-1]))
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
 
 def _twin(model: nn.Module, mode: _Mode, double: bool) -> nn.Module:
@@ -345,7 +413,7 @@ def _scales(model: nn.Module, setting: _Setting, mode: _Mode, expected: _Results
         return _Scales()
     noise = torch.Generator().manual_seed(SEED)
     shaken = [_run(model, setting, mode, noise=noise) for _ in range(2)]
-    comparisons = [comparison for run in shaken for comparison in _comparisons(expected, run, mode)]
+    comparisons = [one for run in shaken for one in _comparisons(expected, run, mode) if one.rounds]
     largest = [
         max((comparison.ratio for comparison in comparisons if comparison.gradients == gradients), default=0.0)
         for gradients in (False, True)
@@ -380,6 +448,16 @@ def _comparisons(expected: _Results, actual: _Results, mode: _Mode) -> Iterator[
     for name in sorted(expected.buffers | actual.buffers, key=lambda name: _rank(name, order)):
         owner, _, short = name.rpartition(".")
         yield comparison(owner, f"buffer {short}", [expected.buffers.get(name)], [actual.buffers.get(name)])
+    for name in sorted(expected.parameters, key=lambda name: _rank(name, order)):
+        owner, _, short = name.rpartition(".")
+        pair = [expected.parameters[name]], [actual.parameters.get(name)]
+        result = compared(*pair, tolerance)
+        yield _Compared(owner, f"parameter {short} in {mode.name}", result.how, result.ratio, rounds=False)
+    changed = (expected.changed | actual.changed) - expected.unsure
+    for name in sorted(changed, key=lambda name: (_rank(name, order), name)):
+        owner, _, short = name.rpartition(".")
+        result = _differing(expected.attributes.get(name), actual.attributes.get(name), tolerance)
+        yield _Compared(owner, f"attribute {short} in {mode.name}", result.how, result.ratio, rounds=False)
     gradients = [*expected.gradients.values(), *expected.input_gradients]
     largest = max((magnitude(gradient) for gradient in gradients if gradient is not None), default=0.0)
     tolerance = Tolerance(dtype, largest, gradients=True)
