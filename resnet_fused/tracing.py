@@ -11,8 +11,8 @@ from torch.fx import Proxy
 
 # Whose frames are passed over for the line that a warning names.
 _PACKAGES = ("torch", "torchvision", "timm", "transformers", "resnet_fused")
-# The models that a trace was warned of.
-_traced: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+# The model that a trace was warned of last.
+_traced: "weakref.ref[nn.Module] | None" = None
 
 
 class Scriptable:
@@ -58,11 +58,11 @@ def in_the_scope_of(method: types.FunctionType, wrapper: types.FunctionType) -> 
 
 def notice(value) -> None:
     """Warns, once a model, where ``value`` is what torch.fx traces with."""
+    global _traced
     if isinstance(value, Proxy):
         root = getattr(value.tracer, "root", None)
-        if root not in _traced:
-            if root is not None:
-                _traced.add(root)
+        if root is None or _traced is None or _traced() is not root:
+            _traced = None if root is None else weakref.ref(root)
             _warn(
                 "torch.fx traces the unfused model, so the GraphModule is not fused: trace first, then fuse the "
                 "GraphModule, as in fuse(torch.fx.symbolic_trace(model))"

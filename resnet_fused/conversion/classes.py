@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 
 from .. import tracing
 from ..ops.recomputation import recompute as recomputation
-from .kinds import KINDS
+from . import kinds
 from .source import Refused, supers_by_class
 
 # A class with one of these is copied or looked into by rules of its own, which a class made at run time may break.
@@ -60,7 +60,7 @@ class Fused(tracing.Scriptable):
             return reduced
         # pickle and deepcopy find classes by name, which a class made at run time does not have.
         # What is known of the classes of its parts must be known where it is loaded.
-        parts = {type(part) for part in self.modules() if KINDS.get(id(type(part))) is not None}
+        parts = {type(part) for part in self.modules() if kinds.known(type(part)) is not None}
         parts = sorted(
             (cls for cls in parts if not cls.__module__.startswith("torch.")), key=lambda cls: cls.__qualname__
         )

@@ -22,15 +22,14 @@ def kind_of(module: nn.Module) -> kinds.Kind | None:
     torch.compile traces: reading its source is none of the model's work.
     """
     cls = type(module)
-    key = id(cls)
-    if key not in kinds.KINDS and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and not kinds.is_known(cls):
         learn([cls])
-    return kinds.KINDS.get(key)
+    return kinds.known(cls)
 
 
 def learn(classes: Iterable[type[nn.Module]]) -> None:
     """Adds to :mod:`.kinds` what is known of some classes, or that nothing is."""
     for cls in classes:
-        if id(cls) not in kinds.KINDS and not issubclass(cls, Fused):
+        if not kinds.is_known(cls) and not issubclass(cls, Fused):
             package = _PACKAGES.get(cls.__module__.partition(".")[0])
             kinds.remember(cls, kinds.inherited(cls) or (None if package is None else package(cls)))

@@ -6,7 +6,6 @@ files of the model families (:mod:`.timm_layers`, :mod:`.torchvision_ops`, :mod:
 of the classes of their packages.
 """
 
-import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -79,14 +78,28 @@ _OF_TORCH: dict[type[nn.Module], Kind] = {
     nn.Sequential: Kind(CHAIN, nn.Sequential.forward),
     nn.MaxPool2d: Kind(POOL, nn.MaxPool2d.forward),
 }
-# By the id of a class, for as long as it lives, what is known of it; None where nothing is.
-KINDS: dict[int, Kind | None] = {id(cls): kind for cls, kind in _OF_TORCH.items()}
+# In the attributes of any other class, to live no longer than that: the class, for its subclasses have the
+# attribute too, and what is known of it, or None.
+MEMORY = "_resnet_fused_kind"
+
+
+def is_known(cls: type[nn.Module]) -> bool:
+    """Whether a class was looked at, whatever was found."""
+    return cls in _OF_TORCH or getattr(cls, MEMORY, (None,))[0] is cls
+
+
+def known(cls: type[nn.Module]) -> Kind | None:
+    """What is known of a class; None where nothing is, or it was not looked at."""
+    kind = _OF_TORCH.get(cls)
+    if kind is None:
+        owner, found = getattr(cls, MEMORY, (None, None))
+        return found if owner is cls else None
+    return kind
 
 
 def remember(cls: type[nn.Module], kind: Kind | None) -> None:
-    """Notes what is known of a class, and keeps it alive no longer than others do."""
-    KINDS[id(cls)] = kind
-    weakref.finalize(cls, KINDS.pop, id(cls), None).atexit = False
+    """Notes what is known of a class."""
+    setattr(cls, MEMORY, (cls, kind))
 
 
 def inherited(cls: type[nn.Module]) -> Kind | None:

@@ -39,7 +39,6 @@ import copy
 import inspect
 import types
 import warnings
-import weakref
 from typing import Any, NamedTuple
 
 from .deferred import HELPERS
@@ -105,10 +104,9 @@ class _Written(NamedTuple):
     tree: ast.FunctionDef
 
 
-# The code of a function may be replaced. Of one that is refused, why.
-_KNOWN: weakref.WeakKeyDictionary[types.FunctionType, tuple[types.CodeType, _Written | str]] = (
-    weakref.WeakKeyDictionary()
-)
+# In the attributes of a function, to live no longer than that: its code, which may be replaced, and what
+# was written of it, or why it is refused.
+_KNOWN = "_resnet_fused_written"
 
 
 def rewritten(function: types.FunctionType) -> Rewritten:
@@ -117,13 +115,13 @@ def rewritten(function: types.FunctionType) -> Rewritten:
     Raises:
         Refused: its source is not at hand or not its own, or it says something that is not known here.
     """
-    code, known = _KNOWN.get(function, (None, None))
+    code, known = vars(function).get(_KNOWN, (None, None))
     if code is not function.__code__:
         try:
             known = _write(function)
         except Refused as refusal:
             known = str(refusal)
-        _KNOWN[function] = function.__code__, known
+        vars(function)[_KNOWN] = function.__code__, known
     if isinstance(known, str):
         raise Refused(known)
     code = function.__code__
@@ -271,7 +269,7 @@ def _function(original: types.FunctionType, code: types.CodeType, names: dict[st
         function.__annotations__ = original.__annotations__
     function.__doc__ = original.__doc__
     function.__qualname__, function.__module__ = original.__qualname__, original.__module__
-    function.__dict__.update(original.__dict__)
+    function.__dict__.update({name: value for name, value in vars(original).items() if name != _KNOWN})
     return function
 
 

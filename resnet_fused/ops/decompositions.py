@@ -41,18 +41,18 @@ def _batch_norm(input, weight, bias, running_mean, running_var, eps):
     return _BATCH_NORM(input, weight, bias, running_mean, running_var, 0.0, eps)[0]
 
 
-def _finished(output, input, relu, save_mask):
+def _finished(output, input, relu, save_mask, channels_last):
     """The output behind its ReLU, in the layout that the operator gives, and the mask."""
-    output = layout.dense(output.relu() if relu else output, input)
-    mask = layout.pack(~(layout.rows(output) <= 0)) if relu and save_mask else None
+    output = layout.dense(output.relu() if relu else output, input, channels_last)
+    mask = layout.pack(~(layout.rows(output, channels_last) <= 0)) if relu and save_mask else None
     return output, input.new_empty(0, dtype=torch.uint8) if mask is None else mask
 
 
-def _eval(input, weight, bias, residual, running_mean, running_var, eps, relu, save_mask):
+def _eval(input, weight, bias, residual, running_mean, running_var, eps, relu, save_mask, channels_last=None):
     output = _batch_norm(input, weight, bias, running_mean, running_var, eps)
     if residual is None:
-        return _finished(output, input, relu, False)
-    return _finished(output + residual, input, relu, save_mask)
+        return _finished(output, input, relu, False, channels_last)
+    return _finished(output + residual, input, relu, save_mask, channels_last)
 
 
 def _dual_eval(
@@ -70,16 +70,18 @@ def _dual_eval(
     eps2,
     relu,
     save_mask,
+    channels_last=None,
 ):
     output = _batch_norm(input, weight, bias, running_mean, running_var, eps)
     shortcut = _batch_norm(input2, weight2, bias2, running_mean2, running_var2, eps2)
-    return _finished(output + shortcut, input, relu, save_mask)
+    return _finished(output + shortcut, input, relu, save_mask, channels_last)
 
 
-def _add_relu(input, residual, save_mask):
-    output = layout.dense((input + residual).relu(), input)
-    mask = layout.pack(~(layout.flat(output) <= 0)) if save_mask else input.new_empty(0, dtype=torch.uint8)
-    return output, mask
+def _add_relu(input, residual, save_mask, channels_last=None):
+    output = layout.dense((input + residual).relu(), input, channels_last)
+    if not save_mask:
+        return output, input.new_empty(0, dtype=torch.uint8)
+    return output, layout.pack(~(layout.flat(output, channels_last) <= 0))
 
 
 _DECOMPOSITIONS = {
