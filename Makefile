@@ -28,7 +28,7 @@ CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o
 # What runs under another torch: all but the tests that need the checkout, or torchvision, which fits one torch alone.
 OPERATOR_TESTS ?= $(filter-out tests/test_cli.py tests/test_packaging.py tests/test_cuda_build.py tests/test_static.py tests/test_model_table.py \
   tests/test_example_inputs.py tests/test_verification.py tests/test_fus% \
-  $(addprefix tests/test_conversion,.py _contracts.py _families.py _survives.py),$(wildcard tests/*.py))
+  tests/test_compile.py $(addprefix tests/test_conversion,.py _contracts.py _families.py _graphs.py _survives.py),$(wildcard tests/*.py))
 
 # What runs on the emulated library: the tests of operators, autograd and modules, and those that need the emulator.
 EMULATED_TESTS ?= $(addprefix tests/test_,$(addsuffix .py,adversarial backend backward determinism emulated errors forward \

@@ -9,7 +9,6 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import fresh_inductor_cache
@@ -145,6 +144,7 @@ def test_bottleneck_with_projection(format):
 
 @pytest.mark.parametrize(("format", "autocast"), [("nchw", False), ("channels_last", True)])
 def test_resnet18(format, autocast):
+    torchvision = pytest.importorskip("torchvision")
     models = _models(torchvision.models.resnet18, FORMATS[format])
     _check(models, _images(4, 64, FORMATS[format]), autocast)
     assert models[-1].frame_count == 1
