@@ -22,9 +22,11 @@ def kind_of(module: nn.Module) -> kinds.Kind | None:
     torch.compile traces: reading its source is none of the model's work.
     """
     cls = type(module)
-    if not torch.compiler.is_compiling() and not kinds.is_known(cls):
+    kind = kinds.known(cls)
+    if kind is None and not torch.compiler.is_compiling() and not kinds.is_known(cls):
         learn([cls])
-    return kinds.known(cls)
+        return kinds.known(cls)
+    return kind
 
 
 def learn(classes: Iterable[type[nn.Module]]) -> None:
