@@ -1,14 +1,15 @@
 """The operators' cases of ``tests/oracle.py``, made on the device, and their results in float64 there."""
 
 import dataclasses
-import pathlib
 import sys
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent.parent / "tests"))
+from .step import ROOT
+
+sys.path.append(str(ROOT / "tests"))
 
 import oracle  # noqa: E402
 

@@ -13,8 +13,11 @@ from typing import NoReturn
 
 import torch
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 # The exit status of a step that found nothing to do here, and has said why.
 SKIPPED = 77
+# What stands behind the last line of this in a step's output is its short table.
+SHORT = "--- in short"
 COLUMNS = ("step", "case", "variant", "measure", "value", "unit")
 
 

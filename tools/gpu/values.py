@@ -8,6 +8,7 @@ A process for each dtype; tensors too large for all of them at once are one proc
 import contextlib
 import dataclasses
 import fcntl
+import importlib.util
 import itertools
 import math
 import os
@@ -20,11 +21,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from resnet_fused.ops import backend
+from resnet_fused.ops import backend, library
+from resnet_fused.ops.triton_kernels import is_interpreted
 
 from . import cases
 from .cases import FORMS, LAYOUTS, Kind, oracle
-from .step import Step, begin, skip, table
+from .step import ROOT, SHORT, SKIPPED, Step, begin, skip, table
 
 # (C, H) of ResNet-50, and two whose channels and planes are no multiple of anything.
 SHAPES = ((64, 112), (256, 56), (512, 28), (1024, 14), (2048, 7), (64, 56), (128, 28), (256, 14), (512, 7), (65, 7), (24, 9))
@@ -59,12 +61,13 @@ class Kernels:
 
 def kernels(device: torch.device) -> list[Kernels]:
     """All that serve the device; of the CPU's own library there is one kind."""
-    found = []
-    reason = backend.serving(device, "compiled")[1]
-    if reason is None:
-        on_chip = ("1", "0") if device.type == "cuda" or os.environ.get("RESNET_FUSED_EMULATED") else (None,)
+    found, reason = [], None
+    if not is_interpreted():  # there the interpreter is what is rehearsed
+        reason = backend.serving(device, "compiled")[1]
+    if reason is None and not is_interpreted():
+        on_chip = ("1", "0") if device.type == "cuda" or library.EMULATED else (None,)
         found += [Kernels("compiled", choice) for choice in on_chip]
-    if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+    if device.type == "cuda" or is_interpreted():
         served_by, reason_triton = backend.serving(device, "triton")
         found += [Kernels("triton")] if served_by == "triton" else []
         reason = reason or reason_triton
@@ -166,7 +169,7 @@ def _dtype_of(name: str, case: oracle.Case) -> torch.dtype:
 
 def kinds(dtypes: list[torch.dtype], rehearse: bool) -> list[Kind]:
     """The cases in the order in which they are run: all forms of a shape, large and small shapes in turn."""
-    shapes = ((65, 7), (8, 3)) if rehearse else SHAPES
+    shapes = (((8, 3),) if is_interpreted() else ((65, 7), (8, 3))) if rehearse else SHAPES
     batches = (2,) if rehearse else BATCHES
     order = itertools.product(batches, shapes, dtypes, LAYOUTS, FORMS, (True, False))
     return [Kind(form, (n, c, h, h), d, layout, training) for n, (c, h), d, layout, form, training in order]
@@ -174,7 +177,7 @@ def kinds(dtypes: list[torch.dtype], rehearse: bool) -> list[Kind]:
 
 def part(step: Step) -> int:
     """The dtypes of one process; 1 where something is wrong."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if is_interpreted():
         import triton_interpreter
 
         triton_interpreter.mend()
@@ -201,6 +204,7 @@ def part(step: Step) -> int:
             if giant:
                 torch.cuda.empty_cache()
                 fcntl.flock(lock, fcntl.LOCK_UN)
+    print("\n".join(verdict.bad[:10]))
     print(f"{step.part}: {verdict.cases} of {total} cases, {len(verdict.bad)} wrong")
     rows = [(name, f"{ratio:.3f}") for name, ratio in verdict.worst.items()]
     print(table((step.part, "worst error / allowed"), rows), flush=True)
@@ -213,11 +217,30 @@ def main(arguments: list[str] | None = None) -> int:
     if step.part is not None:
         return part(step)
     cores = len(os.sched_getaffinity(0))
-    parts = list(DTYPES) if cores >= 8 else ["+".join(DTYPES)]
+    parts = list(DTYPES) if cores >= 8 and not step.rehearse else ["+".join(DTYPES)]
     command = [sys.executable, "-u", "-m", "gpu.values"]
-    started = [subprocess.Popen([*command, *step.arguments(name)]) for name in parts]
+    started = [subprocess.Popen([*command, *step.arguments(part)]) for part in parts]
+    if step.rehearse:
+        started += [subprocess.Popen([*prefix, *command, *step.arguments(parts[0])], env={**os.environ, **extra})
+                    for prefix, extra in rehearsed_otherwise()]
     codes = [process.wait() for process in started]
-    return max(codes, key=lambda code: (code not in (0, 77), code))
+    return max(codes, key=lambda code: (code not in (0, SKIPPED), code == 0))
+
+
+def rehearsed_otherwise() -> Iterator[tuple[list[str], dict[str, str]]]:
+    """How the kernels for GPUs run on a CPU: prefix and environment of a command; why not, where they cannot."""
+    if importlib.util.find_spec("triton") is None:
+        print("Triton's kernels are not rehearsed: Triton is not installed", flush=True)
+    else:
+        yield [], {"TRITON_INTERPRET": "1"}
+    emulator = pathlib.Path(os.environ.get("EMULATOR", ROOT.parent / "shared" / "cuda_on_cpu" / "cuda-on-cpu"))
+    library = ROOT / "build" / "emulated" / "_cuda.abi3.so"
+    if not emulator.is_file():
+        print("the CUDA kernels are not rehearsed: the emulator (EMULATOR in the Makefile) is not there", flush=True)
+    elif not library.is_file():
+        print("the CUDA kernels are not rehearsed: `make emulated` has not built the emulated library", flush=True)
+    else:
+        yield [str(emulator)], {"RESNET_FUSED_EMULATED": str(library)}
 
 
 if __name__ == "__main__":
