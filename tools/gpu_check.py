@@ -118,7 +118,7 @@ class Running:
         text = self.text().rstrip()
         if SHORT in text:
             return text.rpartition(SHORT)[2].strip()
-        return "\n".join(text.splitlines()[-8:])
+        return "\n".join(text.splitlines()[-60:])
 
 
 class Report:
@@ -152,7 +152,7 @@ def closing(steps: list[Running], limit: int = CLOSING) -> str:
         cap += 100
     parts = []
     for name, text in texts:
-        cut = text if len(text) <= cap else "\n".join(text[:cap].splitlines()[:-1]) + "\n(more in the report)"
+        cut = text if len(text) <= cap else "(more in the report)\n" + "\n".join(text[-cap:].splitlines()[1:])
         parts.append(f"==== {name}\n{cut}\n")
     return "\n".join([*parts, ends])
 
@@ -183,7 +183,7 @@ def run(plan: list[Running], options: argparse.Namespace, report: Report, caches
                 continue
             running = [by_step[step] for step in group]
             for one in running:
-                seconds = one.step.seconds * share
+                seconds = one.step.seconds * (1 if options.rehearse else share)
                 # A build takes what it takes; the steps after it have less.
                 limit = min(left, 240) if one.step.name == "libraries" else min(seconds + GRACE, left + GRACE)
                 command = options.process or [sys.executable, "-u", "-m", f"gpu.{one.step.name}"]

@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 
@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 SKIPPED = 77
 # What stands behind the last line of this in a step's output is its short table.
 SHORT = "--- in short"
-COLUMNS = ("step", "case", "variant", "measure", "value", "unit")
+T = TypeVar("T")
 
 
 @dataclasses.dataclass
@@ -49,6 +49,11 @@ class Step:
     def left(self) -> float:
         """Seconds."""
         return self.end - time.monotonic()
+
+    @property
+    def compiler(self) -> str:
+        """The backend of torch.compile: where it is but rehearsed, one that generates no code."""
+        return "aot_eager" if self.rehearse else "inductor"
 
     def arguments(self, part: str) -> list[str]:
         """Of a process that does a part of this step in the time that is left."""
@@ -117,12 +122,11 @@ def table(headers: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     return "\n".join(map(line, lines))
 
 
-def attempt(what: str, function: Callable[[], object]) -> bool:
-    """Whether the function ended well; what went wrong is told in a line, and the step goes on."""
+def attempt(what: str, function: Callable[[], T]) -> T | None:
+    """The function's result; None where it fails, which is told in a line, and the step goes on."""
     try:
-        function()
+        return function()
     except Exception as error:
         reason = " ".join(str(error).split())
         print(f"FAILED: {what}: {type(error).__name__}: {reason[:300]}", flush=True)
-        return False
-    return True
+        return None

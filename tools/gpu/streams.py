@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from . import cases
+from .backends import Kernels, kernels
 from .cases import FORMS, Kind
 from .step import SHORT, Step, begin, skip, table
-from .values import Kernels, kernels
 
 # One of each: few blocks, many, one channel block and many rows.
 SHAPES = ((4, 64, 28, 28), (32, 512, 7, 7), (16, 256, 56, 56))
