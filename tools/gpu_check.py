@@ -27,8 +27,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 SKIPPED, SHORT = 77, "--- in short"
 # Characters of the closing tables, all together.
 CLOSING = 11_500
-# What a step may take beyond its time, to end by itself.
-GRACE = 20
+# Seconds: what a step may take beyond its time, to end by itself; what is too little to begin one; what a step may take
+# where it is but rehearsed.
+GRACE, LEAST, REHEARSAL = 20, 10, 240
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +170,14 @@ def environment(rehearse: bool, caches: pathlib.Path) -> dict[str, str]:
     return result | ({"OMP_NUM_THREADS": "1"} if rehearse else {})
 
 
+def command(name: str, seconds: float, options: argparse.Namespace) -> list[str]:
+    """What runs a step."""
+    given = ["--seconds", f"{seconds:.0f}", "--numbers", str(options.out / "numbers.csv")]
+    given += ["--rehearse"] * options.rehearse
+    given += ["--variants", options.variants] if options.variants else []
+    return [sys.executable, "-u", "-m", f"gpu.{name}", *given]
+
+
 def run(plan: list[Running], options: argparse.Namespace, report: Report, caches: pathlib.Path) -> None:
     """Runs the steps in the time there is, whatever becomes of each."""
     end = time.monotonic() + 60 * options.minutes
@@ -179,18 +188,15 @@ def run(plan: list[Running], options: argparse.Namespace, report: Report, caches
             left = end - time.monotonic()
             wanted = sum(max(step.seconds for step in later) for later in groups[number:])
             share = min(options.minutes / 7, left / wanted)
-            if left < 10 and options.process is None:
+            if left < LEAST:
                 continue
             running = [by_step[step] for step in group]
             for one in running:
                 seconds = one.step.seconds * (1 if options.rehearse else share)
                 # A build takes what it takes; the steps after it have less.
                 limit = min(left, 240) if one.step.name == "libraries" else min(seconds + GRACE, left + GRACE)
-                command = options.process or [sys.executable, "-u", "-m", f"gpu.{one.step.name}"]
-                command = [*command, "--seconds", f"{seconds:.0f}", "--numbers", str(options.out / "numbers.csv")]
-                command += ["--rehearse"] * options.rehearse
-                command += ["--variants", options.variants] if options.variants else []
-                one.start(command, environment(options.rehearse, caches), 240 if options.rehearse else limit)
+                limit = REHEARSAL if options.rehearse else limit
+                one.start(command(one.step.name, seconds, options), environment(options.rehearse, caches), limit)
             while running:
                 time.sleep(0.2)
                 over = [one for one in running if one.is_over()]
@@ -225,7 +231,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         if not pathlib.Path(file).is_file():
             parser.error(f"--variants: {file} is no file")
     options.variants = ",".join(str(pathlib.Path(file).resolve()) for file in options.variants.split(",") if file)
-    options.process = None  # what runs in place of a step; tests have their own
     options.out = options.out.resolve()
     return options
 

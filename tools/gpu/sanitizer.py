@@ -47,18 +47,19 @@ def watch(sanitizer: str, step: Step, filtered: bool) -> dict[tuple[str, str], t
 
 
 def verdict(status: int | None, output: str) -> tuple[str, bool]:
-    """What a tool says in a line, and whether that is bad. One that could not watch has shown nothing."""
+    """What a tool says in a line, and whether that is bad."""
     summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", output)
     if status is None:
         return "not done in its time", False
-    if status == 0 and summary and "calls done" in output:
+    if not summary:
+        return f"could not watch: {' '.join(output.split())[-200:]}", False
+    if status == 0 and "calls done" in output:
         return summary[-1], False
-    last = " ".join(output.split())[-200:]
-    return f"FAILED: status {status}: {summary[-1] if summary else last}", status == FOUND or "calls done" not in output
+    return f"FAILED: status {status}: {summary[-1]}", True
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns 1 where a tool finds something, or where the calls do not run under it."""
+    """Returns 1 where a tool finds something, or where the calls fail under it."""
     step = begin("sanitizer", arguments, needs=["numpy"])
     if step.rehearse:
         print("needs a GPU; the calls alone:", flush=True)
@@ -81,6 +82,8 @@ def main(arguments: list[str] | None = None) -> int:
             print("\n".join(output.splitlines()[:60]), flush=True)
     print(SHORT)
     print("\n".join(lines))
+    if all(": could not watch: " in line for line in lines):
+        skip("compute-sanitizer cannot watch here")
     return int(bad)
 
 
