@@ -103,8 +103,8 @@ class Network:
     def _model(self, variant: str) -> nn.Module:
         return self.models[_COMPILED.get(variant, variant)]
 
-    def _loss(self, forward: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, enabled: bool = True) -> Tensor:
-        enabled &= self.autocast is not None
+    def _loss(self, forward: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> Tensor:
+        enabled = self.autocast is not None and images.dtype != torch.float64  # the reference, that is
         with torch.autocast(images.device.type, dtype=self.autocast, enabled=enabled):
             return _loss(forward(images), labels)
 
@@ -165,8 +165,7 @@ class Network:
             return
 
         def step(model: nn.Module) -> Tensor:
-            dtype = next(model.parameters()).dtype
-            loss = self._loss(model, x.to(dtype), labels, enabled=dtype != torch.float64)
+            loss = self._loss(model, x.to(next(model.parameters()).dtype), labels)
             loss.backward()
             return loss
 

@@ -154,7 +154,7 @@ def step(request, tmp_path):
         pytest.skip("about the checks, on the CPU's library")
     from gpu.step import Step
 
-    return Step("values", True, time.monotonic() + 300, tmp_path / "numbers.csv", "float32", [])
+    return Step("values", True, time.monotonic() + 300, tmp_path / "numbers.csv", "compiled:float32", [])
 
 
 @pytest.fixture

@@ -4,7 +4,8 @@
     python tools/cuda_build.py resnet_fused/_cuda.abi3.so
     python tools/cuda_build.py --variant unroll4 -D UNROLL=4 -D BLOCKS_PER_SM=2    # build/variants/unroll4.so
 
-A variant has further definitions, for ``tools/gpu_check.py --variants`` to time beside others. All have the same sources and flags but for what the emulator needs. Only what changed is compiled again.
+A variant has further definitions, for ``tools/gpu_check.py --variants`` to time beside others. All have the same
+sources and flags but for what the emulator needs. Only what changed is compiled again.
 """
 
 import argparse

@@ -82,7 +82,9 @@ def _load_emulated(file: str) -> None:
 def _load_cuda() -> str | None:
     """Loads the CUDA library; why not, where it cannot be: no reason to refuse the import, unless one is named."""
     if _OTHER_CUDA and not path("_cuda").is_file():
-        raise ImportError(f"RESNET_FUSED_CUDA_LIBRARY={_OTHER_CUDA} is no file: `python tools/cuda_build.py` builds one.")
+        raise ImportError(
+            f"RESNET_FUSED_CUDA_LIBRARY={_OTHER_CUDA} is no file: `python tools/cuda_build.py` builds one."
+        )
     if torch.version.cuda is None:
         return "torch is built without CUDA"
     if not path("_cuda").is_file():

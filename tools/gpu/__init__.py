@@ -1,1 +1,1 @@
-"""The steps of ``tools/gpu_check.py``: a module each, run as a process (``python -m gpu.values``), and what they share."""
+"""The steps of ``tools/gpu_check.py``, a process each (``python -m gpu.values``), and what they share."""

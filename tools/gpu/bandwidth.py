@@ -8,6 +8,7 @@ eager's is marked WRONG, has no ratio, and fails the step.
 
 import functools
 import os
+import pathlib
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -114,12 +115,17 @@ def measure(case: Case, by: list[Kernels], step: Step, copy: float) -> Measured:
 
 
 def prepare(step: Step) -> None:
-    """Has torch.compile's code in its cache before anything is timed."""
+    """Has the code of torch.compile and of Triton's kernels in their caches before anything is timed."""
     device.choose(step.device.type)
     for batch in () if step.rehearse else (256, 32):
         for site in COMPILED:
             if step.left() > 10:
                 Operator(Case(site, batch, "channels_last", torch.bfloat16)).call("compile", True)()
+    triton = [choice for choice in kernels(step.device) if choice.backend == "triton"]
+    for case in cases(step) if triton else ():
+        if step.left() > 10:
+            with triton[0].chosen():
+                Operator(case).call("fused", True)()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -148,7 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
         if step.device.type == "cuda":
             torch.cuda.empty_cache()
     print(short(measured, copy, step), flush=True)
-    codes = [variant(step, file) for file in step.variants if step.left() > 5]
+    codes = [variant(step, file, 1 / (len(step.variants) - n)) for n, file in enumerate(step.variants)]
     wrong = [line for one in measured for line in one.wrong]
     print("\n".join([*wrong[:5], *(f"FAILED: {name}" for name in failed)]))
     return int(bool(wrong or failed or any(codes)) or not measured)
@@ -165,10 +171,10 @@ def short(measured: list[Measured], copy: float, step: Step) -> str:
     return "".join(lines) + table(("training", *headers, "eager/ours"), rows)
 
 
-def variant(step: Step, file: str) -> int:
+def variant(step: Step, file: str, share: float) -> int:
     """The same with another build of the CUDA library, in a process that loads it."""
     environment = {**os.environ, "RESNET_FUSED_CUDA_LIBRARY": file}
-    command = [sys.executable, "-u", "-m", "gpu.bandwidth", *step.arguments(os.path.basename(file))]
+    command = [sys.executable, "-u", "-m", "gpu.bandwidth", *step.arguments(pathlib.Path(file).name, share)]
     return subprocess.run(command, env=environment, check=False).returncode
 
 

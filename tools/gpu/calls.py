@@ -7,7 +7,7 @@ import torch
 from . import cases
 from .cases import Kind
 
-# Rows and planes, aligned and not; large enough for several blocks, small enough for a tool that is a hundred times slower.
+# Rows and planes, aligned and not; several blocks, and little enough for a tool that is a hundred times slower.
 SMALL = ((2, 72, 14, 14), (2, 65, 7, 7))
 # What Nsight Compute looks at.
 LARGE = (("bn_add_relu", (64, 256, 56, 56)), ("dual_relu", (64, 256, 56, 56)), ("bn_relu", (64, 64, 112, 112)))

@@ -11,9 +11,9 @@ from .step import ROOT
 
 sys.path.append(str(ROOT / "tests"))
 
-import oracle  # noqa: E402
+import oracle
 
-from resnet_fused import functional  # noqa: E402
+from resnet_fused import functional
 
 FORMS = ("bn_add_relu", "bn_relu", "dual_relu", "bn", "bn_add", "add_relu")
 LAYOUTS = {"NHWC": torch.channels_last, "NCHW": torch.contiguous_format}

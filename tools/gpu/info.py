@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from .step import begin, program, synchronize
+from .step import SHORT, begin, program, synchronize
 
 QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,memory.total"
 
@@ -16,7 +16,9 @@ QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,p
 def main(arguments: list[str] | None = None) -> int:
     """Prints it, versions first."""
     step = begin("info", arguments)
-    print(f"Python {platform.python_version()}, torch {torch.__version__}, CUDA of torch {torch.version.cuda}")
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, CUDA of torch {torch.version.cuda}"
+    print(versions, flush=True)
+    card = "CPU"
     if step.device.type == "cuda":
         p = torch.cuda.get_device_properties(0)
         card = f"{p.name}, compute capability {p.major}.{p.minor}, {p.multi_processor_count} SMs"
@@ -31,7 +33,6 @@ def main(arguments: list[str] | None = None) -> int:
 
     device.choose(step.device.type)
     rate = device.copy_bandwidth(1 << 22 if step.rehearse else 1 << 30)
-    print(f"copy of 1 GiB: {rate / 1e9:.0f} GB/s, reads and writes together", flush=True)
     step.record("copy", "torch", "bandwidth", rate / 1e9, "GB/s")
     x = torch.ones(1, device=step.device)
     calls = 200 if step.rehearse else 2000
@@ -41,7 +42,12 @@ def main(arguments: list[str] | None = None) -> int:
         for _ in range(calls):
             x.add_(1)
         issued = (time.perf_counter() - began) / calls * 1e6
-    print(f"host: {issued:.1f} us a launch of torch's add_")
+    from resnet_fused.doctor import serves
+
+    print(f"{SHORT}\n{versions}\n{card}")
+    print("served by: {}, {}".format(*serves(step.device)))
+    print(f"a copy of 1 GiB moves {rate / 1e9:.0f} GB/s, reads and writes together")
+    print(f"a launch of torch's add_ costs the host {issued:.1f} us")
     step.record("launch of add_", "torch", "host time", issued, "us")
     return 0
 

@@ -7,13 +7,11 @@ import os
 import subprocess
 import sys
 
+import cuda_toolkit
+import schemas
 import torch
 
-from .step import Step, begin
-
-import cuda_toolkit  # noqa: E402, I001 (of tools, which is on the path)
-import schemas
-from gpu_check import ROOT
+from .step import ROOT, Step, begin
 
 PACKAGE = ROOT / "resnet_fused"
 

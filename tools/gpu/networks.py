@@ -96,7 +96,7 @@ def batches(step: Step) -> dict[int, tuple[str, ...]]:
 def prepare(step: Step) -> None:
     """Has torch.compile's code in its cache before anything is timed."""
     device.choose(step.device.type)
-    for variant in ("compile", "fused compile"):
+    for variant in ("compile", "fused compile")[: 1 if step.rehearse else 2]:
         if step.left() > 15:
             network(step, 2 if step.rehearse else 256).call(variant, step.compiler)()
 

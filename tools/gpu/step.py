@@ -55,9 +55,9 @@ class Step:
         """The backend of torch.compile: where it is but rehearsed, one that generates no code."""
         return "aot_eager" if self.rehearse else "inductor"
 
-    def arguments(self, part: str) -> list[str]:
-        """Of a process that does a part of this step in the time that is left."""
-        given = ["--seconds", f"{self.left():.0f}", "--part", part]
+    def arguments(self, part: str, share: float = 1) -> list[str]:
+        """Of a process that does a part of this step, in a share of the time that is left."""
+        given = ["--seconds", f"{share * self.left():.0f}", "--part", part]
         given += ["--rehearse"] if self.rehearse else []
         return given + (["--numbers", str(self.numbers)] if self.numbers else [])
 

@@ -15,7 +15,9 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
+from typing import IO
 
 import torch
 from torch import Tensor
@@ -25,10 +27,22 @@ from resnet_fused.ops.triton_kernels import is_interpreted
 from . import cases
 from .backends import Kernels, kernels
 from .cases import FORMS, LAYOUTS, Kind, oracle
-from .step import ROOT, SHORT, SKIPPED, Step, begin, skip, table
+from .step import ROOT, SKIPPED, Step, begin, skip, table
 
 # (C, H) of ResNet-50, and two whose channels and planes are no multiple of anything.
-SHAPES = ((64, 112), (256, 56), (512, 28), (1024, 14), (2048, 7), (64, 56), (128, 28), (256, 14), (512, 7), (65, 7), (24, 9))
+SHAPES = (
+    (64, 112),
+    (256, 56),
+    (512, 28),
+    (1024, 14),
+    (2048, 7),
+    (64, 56),
+    (128, 28),
+    (256, 14),
+    (512, 7),
+    (65, 7),
+    (24, 9),
+)
 BATCHES = (32, 2, 256)
 # Elements from which on a process waits for the others to be done with theirs; the largest case takes some 25 GB.
 GIANT = 40_000_000
@@ -136,26 +150,30 @@ def kinds(dtypes: list[torch.dtype], rehearse: bool) -> list[Kind]:
 
 
 def part(step: Step) -> int:
-    """The dtypes of one process; 1 where something is wrong."""
+    """The backend and the dtypes of one process, such as "triton:float32+float64"; 1 where something is wrong."""
+    backend, _, dtypes = step.part.partition(":")
     if is_interpreted():
         import triton_interpreter
 
         triton_interpreter.mend()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    by = kernels(step.device)
+    by = [choice for choice in kernels(step.device) if choice.backend == backend]
     if not by:
-        skip("no fused kernels serve this device")
-    todo = kinds([DTYPES[name] for name in step.part.split("+")], step.rehearse)
+        skip(f"no {backend} kernels serve this device")
+    todo = kinds([DTYPES[name] for name in dtypes.split("+")], step.rehearse)
     verdict, total = Verdict(step), len(todo)
     with _LOCK.open("w") as lock:
         for kind in todo:
             if step.left() < 2:
                 break
             giant = step.device.type == "cuda" and kind.elements >= GIANT
-            if giant:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            if giant and not alone(lock, step):
+                continue
             try:
                 check(kind, by, verdict)
+            except torch.OutOfMemoryError:
+                print(f"no memory for {kind}", flush=True)
+                torch.cuda.empty_cache()
             except Exception as problem:
                 verdict.bad.append(f"{kind}: {type(problem).__name__}")
                 print(f"WRONG: {kind}: {type(problem).__name__}: {' '.join(str(problem).split())[:300]}", flush=True)
@@ -171,36 +189,49 @@ def part(step: Step) -> int:
     return int(bool(verdict.bad) or not verdict.cases)
 
 
+def alone(lock: IO, step: Step) -> bool:
+    """Waits until no other process has a giant; whether that was in time."""
+    while step.left() > 2:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.05)
+        else:
+            return True
+    return False
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Returns 1 where a result is wrong; what, is told."""
     step = begin("values", arguments, needs=["numpy"])
     if step.part is not None:
         return part(step)
-    cores = len(os.sched_getaffinity(0))
-    parts = list(DTYPES) if cores >= 8 and not step.rehearse else ["+".join(DTYPES)]
+    parts = [f"compiled:{name}" for name in DTYPES] + ["triton:bfloat16+float32", "triton:float16+float64"]
+    if step.rehearse or len(os.sched_getaffinity(0)) < 8:
+        parts = [f"{backend}:{'+'.join(DTYPES)}" for backend in ("compiled", "triton")[: 1 if step.rehearse else 2]]
     command = [sys.executable, "-u", "-m", "gpu.values"]
     started = [subprocess.Popen([*command, *step.arguments(part)]) for part in parts]
-    if step.rehearse:
-        started += [subprocess.Popen([*prefix, *command, *step.arguments(parts[0])], env={**os.environ, **extra})
-                    for prefix, extra in rehearsed_otherwise()]
+    for backend, prefix, extra in rehearsed_otherwise() if step.rehearse else ():
+        slow = [*prefix, *command, *step.arguments(f"{backend}:bfloat16+float32")]
+        started.append(subprocess.Popen(slow, env={**os.environ, **extra}))
     codes = [process.wait() for process in started]
     return max(codes, key=lambda code: (code not in (0, SKIPPED), code == 0))
 
 
-def rehearsed_otherwise() -> Iterator[tuple[list[str], dict[str, str]]]:
-    """How the kernels for GPUs run on a CPU: prefix and environment of a command; why not, where they cannot."""
+def rehearsed_otherwise() -> Iterator[tuple[str, list[str], dict[str, str]]]:
+    """How the kernels for GPUs run on a CPU: backend, prefix and environment of a command; why not, where they cannot."""
     if importlib.util.find_spec("triton") is None:
         print("Triton's kernels are not rehearsed: Triton is not installed", flush=True)
     else:
-        yield [], {"TRITON_INTERPRET": "1"}
+        yield "triton", [], {"TRITON_INTERPRET": "1"}
     emulator = pathlib.Path(os.environ.get("EMULATOR", ROOT.parent / "shared" / "cuda_on_cpu" / "cuda-on-cpu"))
-    library = ROOT / "build" / "emulated" / "_cuda.abi3.so"
+    emulated = ROOT / "build" / "emulated" / "_cuda.abi3.so"
     if not emulator.is_file():
         print("the CUDA kernels are not rehearsed: the emulator (EMULATOR in the Makefile) is not there", flush=True)
-    elif not library.is_file():
+    elif not emulated.is_file():
         print("the CUDA kernels are not rehearsed: `make emulated` has not built the emulated library", flush=True)
     else:
-        yield [str(emulator)], {"RESNET_FUSED_EMULATED": str(library)}
+        yield "compiled", [str(emulator)], {"RESNET_FUSED_EMULATED": str(emulated)}
 
 
 if __name__ == "__main__":
