@@ -219,7 +219,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def rehearsed_otherwise() -> Iterator[tuple[str, list[str], dict[str, str]]]:
-    """How the kernels for GPUs run on a CPU: backend, prefix and environment of a command; why not, where they cannot."""
+    """How kernels for GPUs run on a CPU: backend, prefix and environment of a command; why not, where they cannot."""
     if importlib.util.find_spec("triton") is None:
         print("Triton's kernels are not rehearsed: Triton is not installed", flush=True)
     else:
