@@ -5,6 +5,7 @@ place of the largest element, or of the largest term where terms cancel. Memory 
 A process for each dtype; tensors too large for all of them at once are one process's at a time.
 """
 
+import collections
 import dataclasses
 import fcntl
 import importlib.util
@@ -44,7 +45,7 @@ SHAPES = (
     (24, 9),
 )
 BATCHES = (32, 2, 256)
-# Elements from which on a process waits for the others to be done with theirs; the largest case takes some 25 GB.
+# Elements from which on a tensor is one process's at a time; the largest case takes some 25 GB.
 GIANT = 40_000_000
 DTYPES = {oracle.dtype_name(dtype): dtype for dtype in (torch.bfloat16, torch.float32, torch.float16, torch.float64)}
 _LOCK = pathlib.Path(tempfile.gettempdir()) / f"resnet_fused-values-{os.getuid()}.lock"
@@ -118,22 +119,34 @@ def check(kind: Kind, by: list[Kernels], verdict: Verdict) -> None:
         for name, value in cases.unfused(kind, case).items()
     }
     for choice in by:
-        with choice.chosen():
-            poison(kind, device)
-            ours = cases.fused(kind, case)
-            poison(kind, device)
-            again = cases.fused(kind, case)
-        if ours.keys() != exact.keys():
-            verdict.complain(kind, choice, f"results are {', '.join(ours)}")
-            continue
-        for name, value in ours.items():
-            if value.shape != exact[name].shape or value.dtype != _dtype_of(name, case):
-                verdict.complain(kind, choice, f"{name}: {value.dtype} of shape {list(value.shape)}")
-                continue
-            verdict.judge(kind, choice, name, error(value, exact[name]), limits[name])
-            if not torch.equal(value.contiguous().view(torch.uint8), again[name].contiguous().view(torch.uint8)):
-                verdict.complain(kind, choice, f"{name}: other bits the second time")
+        try:
+            compare(kind, case, choice, exact, limits, verdict)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as problem:
+            verdict.complain(kind, choice, f"{type(problem).__name__}: {' '.join(str(problem).split())[:300]}")
     verdict.cases += 1
+
+
+def compare(
+    kind: Kind, case: oracle.Case, by: Kernels, exact: dict[str, Tensor], limits: dict[str, float], verdict: Verdict
+) -> None:
+    """Our results, twice, in memory full of NaN."""
+    with by.chosen():
+        poison(kind, verdict.step.device)
+        ours = cases.fused(kind, case)
+        poison(kind, verdict.step.device)
+        again = cases.fused(kind, case)
+    if ours.keys() != exact.keys():
+        verdict.complain(kind, by, f"results are {', '.join(ours)}")
+        return
+    for name, value in ours.items():
+        if value.shape != exact[name].shape or value.dtype != _dtype_of(name, case):
+            verdict.complain(kind, by, f"{name}: {value.dtype} of shape {list(value.shape)}")
+            continue
+        verdict.judge(kind, by, name, error(value, exact[name]), limits[name])
+        if not torch.equal(value.contiguous().view(torch.uint8), again[name].contiguous().view(torch.uint8)):
+            verdict.complain(kind, by, f"{name}: other bits the second time")
 
 
 def _dtype_of(name: str, case: oracle.Case) -> torch.dtype:
@@ -160,25 +173,23 @@ def part(step: Step) -> int:
     by = [choice for choice in kernels(step.device) if choice.backend == backend]
     if not by:
         skip(f"no {backend} kernels serve this device")
-    todo = kinds([DTYPES[name] for name in dtypes.split("+")], step.rehearse)
+    todo = collections.deque(kinds([DTYPES[name] for name in dtypes.split("+")], step.rehearse))
     verdict, total = Verdict(step), len(todo)
     with _LOCK.open("w") as lock:
-        for kind in todo:
-            if step.left() < 2:
-                break
+        while todo and step.left() > 2 and len(verdict.bad) < 20:
+            kind = todo.popleft()
             giant = step.device.type == "cuda" and kind.elements >= GIANT
-            if giant and not alone(lock, step):
+            if giant and not alone(lock):
+                todo.append(kind)  # the others' turn
+                time.sleep(0.01)
                 continue
             try:
                 check(kind, by, verdict)
             except torch.OutOfMemoryError:
                 print(f"no memory for {kind}", flush=True)
-                torch.cuda.empty_cache()
-            except Exception as problem:
-                verdict.bad.append(f"{kind}: {type(problem).__name__}")
-                print(f"WRONG: {kind}: {type(problem).__name__}: {' '.join(str(problem).split())[:300]}", flush=True)
-                if len(verdict.bad) > 20:
-                    break
+            except Exception as problem:  # of torch's own operations, or of a GPU that is lost
+                verdict.bad.append(f"{kind}: {type(problem).__name__}: {' '.join(str(problem).split())[:300]}")
+                print(f"WRONG: {verdict.bad[-1]}", flush=True)
             if giant:
                 torch.cuda.empty_cache()
                 fcntl.flock(lock, fcntl.LOCK_UN)
@@ -189,16 +200,13 @@ def part(step: Step) -> int:
     return int(bool(verdict.bad) or not verdict.cases)
 
 
-def alone(lock: IO, step: Step) -> bool:
-    """Waits until no other process has a giant; whether that was in time."""
-    while step.left() > 2:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(0.05)
-        else:
-            return True
-    return False
+def alone(lock: IO) -> bool:
+    """Whether no other process has a giant now, and none will have until the lock is given back."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def main(arguments: list[str] | None = None) -> int:
