@@ -192,6 +192,10 @@ def _one_element(output):
     return output
 
 
+def _raises(results):
+    raise RuntimeError("no such launch")
+
+
 def _not_written(output):
     output[-1, -1, -1, -1] = float("nan")
     return output
@@ -204,6 +208,7 @@ def _not_written(output):
         ("batch_norm_add_relu_eval", _first(_one_element), "eval [compiled] output: error"),
         ("dual_batch_norm_add_relu_train_backward", _first(_not_written), "train [compiled] grad_input: error inf"),
         ("add_relu_backward", lambda grad: grad * 1.001, "[compiled] grad_"),
+        ("batch_norm_add_relu_eval", _raises, "eval [compiled] RuntimeError: no such launch"),
     ],
 )
 def test_a_planted_wrong_kernel_is_found_and_named(step, plant, capsys, operator, change, told):
