@@ -3,6 +3,7 @@
 #
 #   TORCH        what pip installs for torch, such as TORCH='torch==2.13.0 torchvision==0.28.0'
 #   OTHER_TORCH  the version under which test-other-torch runs the wheel
+#   ELSEWHERE    the torch and torchvision of rehearse-gpu-check-elsewhere
 #   EMULATOR     the runner of the emulator of CUDA, for emulated tests; where it is absent they are skipped
 #   ARGS         further arguments of demo, bench and pytest, such as ARGS='--channels-last'
 # pip's own variables (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, ...) choose where packages come from.
@@ -14,6 +15,7 @@ SHELL := bash
 PYTHON ?= python3
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 OTHER_TORCH ?= 2.13.0
+ELSEWHERE ?= torch==2.11.0 torchvision==0.26.0
 EMULATOR ?= ../shared/cuda_on_cpu/cuda-on-cpu
 ARGS ?=
 
@@ -21,6 +23,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEPENDENCIES := $(VENV)/.dependencies
 BUILT := $(VENV)/.built
+ELSEWHERE_VENV := build/venv-elsewhere
 OTHER_VENV := build/venv-torch-$(OTHER_TORCH)
 WHEEL_VENV := build/venv-wheel
 EMULATED := build/emulated/_cuda.abi3.so
@@ -51,8 +54,8 @@ HAVE_EMULATOR := $(wildcard $(EMULATOR))
 WITH_EMULATOR = OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $(dir $(EMULATOR)))
 EMULATE = $(if $(HAVE_EMULATOR),CUDA_ON_CPU_THREADS=1 OMP_NUM_THREADS=1 RESNET_FUSED_EMULATED=$(EMULATED) $(EMULATOR))
 
-.PHONY: help setup demo test lint pytest bench wheel test-other-torch test-wheel audit clean emulated test-emulated traffic static gpu-check \
-  test-triton triton-traffic triton-checks comparison model-table
+.PHONY: help setup demo test lint pytest bench wheel test-other-torch test-wheel audit clean emulated test-emulated traffic static gpu-check rehearse-gpu-check \
+  test-triton triton-traffic triton-checks comparison model-table rehearse-gpu-check-elsewhere
 
 help:
 	@echo "make setup   install the dependencies into $(VENV) and build the libraries"
@@ -73,7 +76,8 @@ help:
 	@echo "make triton-checks  the Triton kernels compiled for four NVIDIA GPUs and one of AMD: registers, spills, accesses"
 	@echo "make comparison     counts docs/comparison.md again: our kernels and those of torch.compile"
 	@echo "make model-table    docs/models.md again: what fuse makes of the models of other packages, and how exact it is"
-	@echo "make gpu-check      on a machine with a GPU: tests and benchmarks there, and a report"
+	@echo "make gpu-check      on a machine with a GPU: proves and times everything, in seven minutes"
+	@echo "make rehearse-gpu-check  its steps at tiny sizes on the CPU"
 
 setup: $(BUILT)
 	@echo 'resnet_fused is built; $(BIN)/python has it.'
@@ -123,7 +127,7 @@ test-wheel: wheel
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
 	  $$($(WHEEL_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch.pth
 	$(WHEEL_VENV)/bin/python -m pip install --quiet --force-reinstall --no-deps dist/*.whl
-	$(call run_operator_tests,$(WHEEL_VENV),-n 2)
+	$(call run_operator_tests,$(WHEEL_VENV),-n 2 $(ARGS))
 
 audit: $(BUILT)
 	$(BIN)/python -m pip install --quiet torch-abi-audit==0.3.0
@@ -165,6 +169,17 @@ model-table: $(BUILT)
 
 gpu-check: $(BUILT)
 	$(BIN)/python tools/gpu_check.py $(ARGS)
+
+rehearse-gpu-check: $(BUILT)
+	EMULATOR=$(abspath $(EMULATOR)) $(BIN)/python tools/gpu_check.py --rehearse $(ARGS)
+
+# As on a machine that has this torch and little more: a copy that knows nothing of git, .venv and build.
+rehearse-gpu-check-elsewhere: $(BUILT)
+	$(PYTHON) -m venv $(ELSEWHERE_VENV)
+	$(ELSEWHERE_VENV)/bin/python -m pip install --quiet $(ELSEWHERE) pytest pytest-xdist numpy tabulate tqdm
+	directory=$$(mktemp -d); trap 'rm -rf "$$directory"' EXIT; \
+	cp -r benchmarks csrc resnet_fused tests tools setup.py pyproject.toml "$$directory"; cd "$$directory"; unset PYTHONPATH; \
+	EMULATOR= $(CURDIR)/$(ELSEWHERE_VENV)/bin/python tools/gpu_check.py --rehearse $(ARGS)
 
 clean:
 	rm -rf build dist $(BUILT) *.egg-info resnet_fused/*.so

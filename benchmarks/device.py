@@ -2,7 +2,8 @@
 
 import functools
 import importlib.util
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -68,9 +69,52 @@ def gpu_seconds(function: Callable[[], object], calls: int = 1) -> float:
     return total / calls
 
 
-def copy_bandwidth() -> float:
+def graph_seconds(functions: Sequence[Callable[[], object]], rounds: int = 12) -> float:
+    """The median time of a call where the host has no part in it: all functions in one CUDA graph, which is replayed.
+
+    The functions do the same on tensors of their own; what they touch together should be larger than the L2. On a CPU
+    they are called one after another.
+    """
+
+    def work() -> None:
+        for function in functions:
+            function()
+
+    if _chosen.type == "cuda":
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            work()  # whatever is made once is made now
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            work()
+        work = graph.replay
+    work()
+    times = []
+    for _ in range(rounds):
+        if _chosen.type != "cuda":
+            times.append(seconds(work))
+            continue
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times) / len(functions)
+
+
+def sets_beyond_the_caches(size: int) -> int:
+    """How many sets of tensors of ``size`` bytes are together larger than the L2, twice over; one on a CPU."""
+    if _chosen.type != "cuda":
+        return 1
+    return max(1, min(16, 1 + 2 * torch.cuda.get_device_properties(_chosen).L2_cache_size // max(size, 1)))
+
+
+def copy_bandwidth(size: int | None = None) -> float:
     """Bytes a second, read and written, of a copy much larger than the caches: what a kernel can hope for."""
-    size = 1 << 30 if _chosen.type == "cuda" else 256 << 20
+    size = size or (1 << 30 if _chosen.type == "cuda" else 256 << 20)
     source = torch.empty(size, dtype=torch.uint8, device=_chosen)
     target = torch.empty_like(source)
     times = sorted(clock()(lambda: target.copy_(source)) for _ in range(20))

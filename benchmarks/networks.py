@@ -21,6 +21,8 @@ from .operator import LAYOUTS
 # eager, every block of it under torch.utils.checkpoint, the usual way to keep less.
 VARIANTS = ("eager", "fused", "recompute", "recompute convolutions", "checkpoint", "compile")
 INFERENCE_VARIANTS = ("eager", "fused", "compile")
+# What torch.compile is given.
+_COMPILED = {"compile": "eager", "fused compile": "fused"}
 
 # (block, channels in, planes, stride, input size), at 224x224 images: the first block of a stage and a later one.
 BLOCKS = {
@@ -62,7 +64,10 @@ def _checkpointed(model: nn.Module) -> nn.Module:
 
 
 class Network:
-    """A model once for each variant, from the same weights, with a batch of random input."""
+    """A model once for each variant, from the same weights, with a batch of random input.
+
+    With ``autocast`` the models and the images are ``dtype``, and a training step runs under it.
+    """
 
     def __init__(
         self,
@@ -72,10 +77,11 @@ class Network:
         dtype: torch.dtype = torch.float32,
         training: bool = True,
         seed: int = 0,
+        autocast: torch.dtype | None = None,
     ):
         generator = torch.Generator().manual_seed(seed)
         self.memory_format = LAYOUTS[layout]
-        self.training, self.dtype = training, dtype
+        self.training, self.dtype, self.autocast = training, dtype, autocast
         model = model.to(device.chosen(), dtype, memory_format=self.memory_format).train(training)
         images = torch.randn(shape, generator=generator)
         self.images = images.to(device.chosen(), dtype, memory_format=self.memory_format)
@@ -85,7 +91,6 @@ class Network:
             "recompute": lambda copied: fuse(copied, recompute=True),
             "recompute convolutions": lambda copied: fuse(copied, recompute="convolutions"),
             "checkpoint": _checkpointed,
-            "compile": lambda copied: copied,
         }
         self.models = {"eager": model, **{name: made(copy.deepcopy(model)) for name, made in make.items()}}
 
@@ -95,20 +100,27 @@ class Network:
         torch.manual_seed(0)
         return cls(get_model(name, weights=None), (batch, 3, image_size, image_size), **options)
 
-    def call(self, variant: str) -> Callable[[], object]:
+    def _model(self, variant: str) -> nn.Module:
+        return self.models[_COMPILED.get(variant, variant)]
+
+    def _loss(self, forward: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> Tensor:
+        enabled = self.autocast is not None and images.dtype != torch.float64  # the reference, that is
+        with torch.autocast(images.device.type, dtype=self.autocast, enabled=enabled):
+            return _loss(forward(images), labels)
+
+    def call(self, variant: str, compiler: str = "inductor") -> Callable[[], object]:
         """A training step (zero_grad, forward, loss, backward, SGD), or a forward in inference."""
-        model = self.models[variant]
-        forward = model
-        if variant == "compile":
+        model = forward = self._model(variant)
+        if variant in _COMPILED:
             torch._dynamo.reset()
-            forward = torch.compile(model, dynamic=False)
+            forward = torch.compile(model, dynamic=False, backend=compiler)
         if not self.training:
             return lambda: _infer(forward, self.images)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 
         def step() -> None:
             optimizer.zero_grad(set_to_none=True)
-            _loss(forward(self.images), self.labels).backward()
+            self._loss(forward, self.images, self.labels).backward()
             optimizer.step()
 
         return step
@@ -121,16 +133,17 @@ class Network:
         """
         if not self.training:
             return None
-        model = self.models[variant]
-        if variant == "compile":
+        model = self._model(variant)
+        if variant in _COMPILED:
             # Inductor's partition of the graph, without its code.
             torch._dynamo.reset()
             with SavedActivations(model) as saved:
-                _loss(torch.compile(model, backend="aot_eager_decomp_partition")(self.images), self.labels)
+                compiled = torch.compile(model, backend="aot_eager_decomp_partition")
+                self._loss(compiled, self.images, self.labels)
             return saved.bytes, None
         with LiveMemory(*model.parameters(), *model.buffers(), self.images, self.labels) as live:
             before = live.bytes
-            loss = _loss(model(self.images), self.labels)
+            loss = self._loss(model, self.images, self.labels)
             kept = live.bytes - before
             loss.backward()
         model.zero_grad(set_to_none=True)
@@ -152,7 +165,7 @@ class Network:
             return
 
         def step(model: nn.Module) -> Tensor:
-            loss = _loss(model(x.to(next(model.parameters()).dtype)), labels)
+            loss = self._loss(model, x.to(next(model.parameters()).dtype), labels)
             loss.backward()
             return loss
 

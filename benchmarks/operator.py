@@ -68,21 +68,22 @@ class Operator:
 
     def __init__(self, case: Case, seed: int = 0):
         self.case = case
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(device.chosen()).manual_seed(seed)
         channels = case.site.channels
         parameters = torch.float64 if case.dtype == torch.float64 else torch.float32
 
         def full() -> Tensor:
-            values = torch.randn(case.shape, generator=generator)
-            return values.to(device.chosen(), case.dtype, memory_format=LAYOUTS[case.layout])
+            values = torch.randn(case.shape, generator=generator, device=device.chosen())
+            return values.to(case.dtype, memory_format=LAYOUTS[case.layout])
+
+        def vector(fill: Callable[..., Tensor], **options) -> Tensor:
+            return fill(channels, dtype=parameters, device=device.chosen(), **options)
 
         def branch() -> tuple[Tensor, ...]:
             x = full().requires_grad_(case.training)
-            weight = torch.rand(channels, generator=generator, dtype=parameters) + 0.5
-            bias = torch.randn(channels, generator=generator, dtype=parameters)
-            running = torch.zeros(channels, dtype=parameters), torch.ones(channels, dtype=parameters)
-            running_mean, running_var, weight, bias = (v.to(device.chosen()) for v in (*running, weight, bias))
-            return x, running_mean, running_var, *(v.requires_grad_(case.training) for v in (weight, bias))
+            affine = vector(torch.rand, generator=generator) + 0.5, vector(torch.randn, generator=generator)
+            running = vector(torch.zeros), vector(torch.ones)
+            return x, *running, *(v.requires_grad_(case.training) for v in affine)
 
         self.main = branch()
         self.shortcut = branch() if case.site.kind == "dual" else None
@@ -111,11 +112,9 @@ class Operator:
         """torch's operators, in place where torchvision's blocks are."""
         return unfused(self.main, self.shortcut, self.residual, self.case.training)
 
-    def compiled(self) -> Callable[[], Tensor]:
-        """The same under ``torch.compile``."""
-        # One compiled function for each case: otherwise the shapes seen before would make this one dynamic.
-        torch._dynamo.reset()
-        function = torch.compile(unfused, dynamic=False, fullgraph=True)
+    def compiled(self, function: Callable[..., Tensor] | None = None) -> Callable[[], Tensor]:
+        """The same under ``torch.compile``; ``function`` is what :func:`compiled_unfused` gave for this case."""
+        function = function or compiled_unfused()
         return lambda: function(self.main, self.shortcut, self.residual, self.case.training)
 
     def forward(self, variant: str) -> Callable[[], Tensor]:
@@ -129,8 +128,10 @@ class Operator:
     def call(self, variant: str, backward: bool) -> Callable[[], object]:
         """Forward, or forward and backward with a given gradient; nothing is allocated but the results."""
         forward = self.forward(variant)
-        if not backward:
-            return forward
+        return self.with_backward(forward) if backward else forward
+
+    def with_backward(self, forward: Callable[[], Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+        """A forward of this case, and the gradients of all its tensors."""
 
         def both() -> tuple[Tensor, ...]:
             return torch.autograd.grad(forward(), self.differentiable, self.grad_output)
@@ -173,6 +174,12 @@ class Operator:
 
         residual = copied((self.residual,))[0] if self.residual is not None else None
         return copied(self.main), copied(self.shortcut), residual
+
+
+def compiled_unfused(compiler: str = "inductor") -> Callable[..., Tensor]:
+    """:func:`unfused` under ``torch.compile``, for one case: the shapes of another would make it dynamic."""
+    torch._dynamo.reset()
+    return torch.compile(unfused, dynamic=False, fullgraph=True, backend=compiler)
 
 
 def unfused(

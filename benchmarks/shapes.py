@@ -5,8 +5,6 @@ import functools
 
 import torch
 from torch import nn
-from torchvision.models import get_model
-from torchvision.models.resnet import BasicBlock, Bottleneck
 
 IMAGE_SIZE = 224
 # What follows a BatchNorm: a ReLU; an add and a ReLU; an add of a second BatchNorm's output and a ReLU.
@@ -29,6 +27,8 @@ class Site:
 @functools.cache
 def sites(model_name: str) -> dict[Site, int]:
     """How often each site occurs in a torchvision ResNet at 224x224, in the order of the first occurrence."""
+    from torchvision.models import get_model
+
     with torch.device("meta"):
         model = get_model(model_name, weights=None)
         images = torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE)
@@ -56,6 +56,8 @@ def as_residual(counts: dict[Site, int]) -> dict[Site, int]:
 
 def _kinds(model: nn.Module) -> dict[nn.Module, str]:
     """Every BatchNorm but those of projection shortcuts, which belong to the site of the main branch's last."""
+    from torchvision.models.resnet import BasicBlock, Bottleneck
+
     kinds: dict[nn.Module, str] = {model.bn1: "relu"}
     for block in model.modules():
         if isinstance(block, BasicBlock | Bottleneck):

@@ -38,6 +38,9 @@ def pytest_configure(config):
 
     if backend_name == "cuda":
         config.why_not = backend.why_not_compiled(torch.device("cuda"))
+        # Bits are compared across convolutions, and values with float64.
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     required = os.environ.get("RESNET_FUSED_REQUIRE_EMULATION") == "1" and backend_name in ("emulated", "triton", "ptx")
     if config.why_not and required:
         pytest.exit(f"RESNET_FUSED_REQUIRE_EMULATION=1, but {config.why_not}", returncode=1)

@@ -131,6 +131,24 @@ def test_an_emulated_library_that_cannot_run_is_refused(runner, sentence):
     assert sentence in done.stderr
 
 
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA")
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [(None, "is no file: `python tools/cuda_build.py` builds one"), (b"", "cannot be loaded beside torch")],
+    ids=["missing", "broken"],
+)
+def test_another_build_of_the_cuda_library_is_loaded_by_name(tmp_path, text, sentence):
+    file = tmp_path / "other.so"
+    if text is not None:
+        file.write_bytes(text)
+    environment = os.environ | {"RESNET_FUSED_CUDA_LIBRARY": str(file), "PYTHONPATH": os.pathsep.join(sys.path)}
+    code = "from resnet_fused.ops import library; print(library.why_no_cuda())"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode == 0) == (text is not None), done.stderr
+    assert "other.so" in done.stdout + done.stderr
+    assert sentence in done.stdout + done.stderr
+
+
 @pytest.fixture
 def _cuda_library():
     if library.why_no_cuda():

@@ -176,6 +176,31 @@ def test_both_builds_have_one_set_of_flags(toolkit, build, tmp_path, emulated):
     assert script.count(": compile ") == len(build.sources())
 
 
+def test_a_variant_is_built_with_its_definitions(toolkit, build, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
+    ran = []
+    monkeypatch.setattr(build.subprocess, "run", lambda command, **_: ran.append(command))
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["cuda_build.py", "--variant", "unroll4", "-D", "UNROLL=4", "-D", "NAME=a b"])
+    with monkeypatch.context() as patched:
+        patched.setattr(build.cuda_toolkit, "find", lambda: _toolkit(toolkit, "80"))
+        assert build.main() == 0
+    (script,) = (tmp_path / "build" / "variants").glob("*/build.ninja")
+    (flags,) = [line for line in script.read_text().splitlines() if line.startswith("flags = ")]
+    assert " -DUNROLL=4 " in flags
+    assert " '-DNAME=a b' " in flags
+    assert f"build {tmp_path / 'build' / 'variants' / 'unroll4.so'}: link" in script.read_text()
+    assert script in ran[0]
+
+
+@pytest.mark.parametrize("arguments", [["out.so", "-D", "UNROLL=4"], ["out.so", "--variant", "a"], []])
+def test_definitions_are_for_a_variant_with_a_name(build, monkeypatch, arguments):
+    """The library of the package is the one of its sources."""
+    monkeypatch.setattr(sys, "argv", ["cuda_build.py", *arguments])
+    with pytest.raises(SystemExit):
+        build.main()
+
+
 def _setup(**environment):
     command = [sys.executable, "setup.py", "--name"]
     environment = {k: v for k, v in os.environ.items() if k not in ("CUDA_HOME", "CUDA_PATH")} | environment

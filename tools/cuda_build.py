@@ -2,8 +2,10 @@
 
     python tools/cuda_build.py --emulated build/emulated/_cuda.abi3.so
     python tools/cuda_build.py resnet_fused/_cuda.abi3.so
+    python tools/cuda_build.py --variant unroll4 -D UNROLL=4 -D BLOCKS_PER_SM=2    # build/variants/unroll4.so
 
-Both have the same sources and flags but for what the emulator needs. Only what changed is compiled again.
+A variant has further definitions, for ``tools/gpu_check.py --variants`` to time beside others. All have the same
+sources and flags but for what the emulator needs. Only what changed is compiled again.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import cuda_toolkit
 
@@ -64,8 +67,13 @@ def sources() -> list[pathlib.Path]:
     return sorted(found, key=lambda path: (path.suffix != ".cu", -path.stat().st_size, path.name))
 
 
-def library(output: pathlib.Path, directory: pathlib.Path, emulated: bool = False) -> str:
+def library(
+    output: pathlib.Path, directory: pathlib.Path, emulated: bool = False, definitions: Sequence[str] = ()
+) -> str:
     """Builds the library, its objects in ``directory``; returns what it was built with.
+
+    Args:
+        definitions: of the preprocessor, such as ``"UNROLL=4"``.
 
     Raises:
         cuda_toolkit.Unusable: there is no nvcc to build it.
@@ -79,6 +87,7 @@ def library(output: pathlib.Path, directory: pathlib.Path, emulated: bool = Fals
     else:
         wanted = cuda_toolkit.architectures(toolkit)
         flags = [*_compression(toolkit), *cuda_toolkit.gencode(wanted)]
+    flags += [shlex.quote(f"-D{definition}") for definition in definitions]
     directory.mkdir(parents=True, exist_ok=True)
     output.parent.mkdir(parents=True, exist_ok=True)
     script = directory / "build.ninja"
@@ -162,11 +171,21 @@ def main() -> int:
     """Returns 1 and says why where it cannot be built."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--emulated", action="store_true", help="for the emulator: PTX, under the CPU's dispatch key")
-    parser.add_argument("output", type=pathlib.Path)
+    parser.add_argument("--variant", metavar="NAME", help="build/variants/NAME.so, its objects beside it")
+    parser.add_argument("-D", dest="definitions", action="append", default=[], metavar="NAME=VALUE", help="for nvcc")
+    parser.add_argument("output", type=pathlib.Path, nargs="?")
     options = parser.parse_args()
+    if (options.output is None) == (options.variant is None):
+        parser.error("name an output, or a --variant")
+    if options.definitions and options.variant is None:
+        parser.error("-D makes another library: give it a name with --variant")
     directory = ROOT / "build" / ("emulated/objects" if options.emulated else "cuda")
+    if options.variant:
+        directory = ROOT / "build" / "variants" / options.variant
+        options.output = directory.with_name(f"{options.variant}.so")
     try:
-        print(f"{options.output}: built by {library(options.output.resolve(), directory, options.emulated)}")
+        made = library(options.output.resolve(), directory, options.emulated, options.definitions)
+        print(f"{options.output}: built by {made}")
     except cuda_toolkit.Unusable as error:
         print(f"the CUDA library cannot be built: {error}", file=sys.stderr)
         return 1

@@ -5,6 +5,7 @@ text. GPUs are then Triton's, and CPU tensors go to the reference.
 
 ``_cuda`` is loaded where torch has CUDA, with or without a GPU. ``RESNET_FUSED_EMULATED=file`` loads the CUDA library
 that ``make emulated`` built for CPU tensors, in place of ``_cpu``; it runs under an emulator alone.
+``RESNET_FUSED_CUDA_LIBRARY=file`` loads another build of ``_cuda``, to compare the two.
 """
 
 import ctypes
@@ -17,6 +18,7 @@ import torch
 CPU_CAPABILITIES = ("default", "avx2", "avx512")
 _PACKAGE = pathlib.Path(__file__).resolve().parent.parent
 EMULATED = os.environ.get("RESNET_FUSED_EMULATED") or None
+_OTHER_CUDA = os.environ.get("RESNET_FUSED_CUDA_LIBRARY") or None
 
 # The schemas as text, one a line, of a package without shared objects.
 _SCHEMAS = _PACKAGE / "ops" / "schemas.txt"
@@ -29,6 +31,8 @@ _why_no_cuda: str | None = "the libraries of the package are not loaded"
 
 def path(name: str) -> pathlib.Path:
     """Where the shared object ``name`` (``_ops``, ``_cpu`` or ``_cuda``) is, or would be."""
+    if name == "_cuda" and _OTHER_CUDA:
+        return pathlib.Path(_OTHER_CUDA).resolve()
     return _PACKAGE / f"{name}.abi3.so"
 
 
@@ -36,7 +40,8 @@ def load() -> None:
     """Loads the shared objects: schemas, CPU kernels, and CUDA kernels where torch can have them.
 
     Raises:
-        ImportError: the package is not built, or the emulated library was asked for and cannot run.
+        ImportError: the package is not built, the emulated library was asked for and cannot run, or
+            ``RESNET_FUSED_CUDA_LIBRARY`` is no file.
         ValueError: ``RESNET_FUSED_CPU_CAPABILITY`` is no instruction set.
     """
     global _why_no_cuda, _definitions
@@ -75,7 +80,11 @@ def _load_emulated(file: str) -> None:
 
 
 def _load_cuda() -> str | None:
-    """Loads the CUDA library; why not, where it cannot be: no reason to refuse the import."""
+    """Loads the CUDA library; why not, where it cannot be: no reason to refuse the import, unless one is named."""
+    if _OTHER_CUDA and not path("_cuda").is_file():
+        raise ImportError(
+            f"RESNET_FUSED_CUDA_LIBRARY={_OTHER_CUDA} is no file: `python tools/cuda_build.py` builds one."
+        )
     if torch.version.cuda is None:
         return "torch is built without CUDA"
     if not path("_cuda").is_file():
