@@ -50,7 +50,7 @@ def allocated_peak(model, images) -> int:
 @pytest.mark.parametrize("variant", memory.VARIANTS)
 def test_the_prediction_is_within_5_percent_of_what_is_allocated(variant, dtype):
     if dtype == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        pytest.skip("without AVX-512 a bfloat16 convolution allocates a workspace, which is no tensor and not predicted")
+        pytest.skip("without AVX-512 bfloat16 convolutions allocate workspaces, which are not predicted")
     settings = memory.Settings("", batch_size=8, dtype=dtype, image_size=128)
     base, change = cut(), memory.CHANGES[variant]
     model = change(copy.deepcopy(base).to(memory.DTYPES[dtype], memory_format=torch.channels_last))
