@@ -137,6 +137,9 @@ def main(arguments: list[str] | None = None) -> int:
         skip("no fused kernels serve this device")
     if step.part is not None:
         by = [choice for choice in by if choice.backend == "compiled"]
+        if not by:
+            print(f"FAILED: {step.part} does not serve")
+            return 1
     copy = device.copy_bandwidth(1 << 22 if step.rehearse else None)
     print(f"a copy moves {copy / 1e9:.0f} GB/s", flush=True)
     reserve = 15 * len(step.variants)

@@ -169,7 +169,8 @@ def part(step: Step) -> int:
         import triton_interpreter
 
         triton_interpreter.mend()
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    if step.device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     by = [choice for choice in kernels(step.device) if choice.backend == backend]
     if not by:
         skip(f"no {backend} kernels serve this device")
