@@ -54,6 +54,7 @@ def why_all_watched() -> str | None:
     if _global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks:
         return "a hook on all modules is registered"
     if torch._C._get_tracing_state() is not None:
+        tracing.notice_jit()
         return "torch.jit.trace records"
     # torch.export puts in a call and a mode of its own.
     called = nn.Module.__call__ is _CALLS[0] and nn.Module._call_impl is _CALLS[1]

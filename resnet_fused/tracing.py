@@ -69,6 +69,11 @@ def notice(value) -> None:
             )
 
 
+def notice_jit() -> None:
+    """Warns where torch.jit.trace records."""
+    _warn("torch.jit.trace records the unfused model: what it gives is that of torch.jit.trace(unfuse(model))")
+
+
 def _warn(message: str) -> None:
     """Warns of the line that called the outermost function of torch.fx or torch.jit."""
     frame, level, found, inside = sys._getframe(1), 2, 1, False

@@ -58,13 +58,15 @@ def _results(model, images, autocast, grad, original=None):
 def _assert_close(compiled, eager, exact):
     """The compiled model is as far from float64 as eager is, within what another order of sums makes of rounding.
 
-    Both round as often: the largest of some hundred errors of one distribution is seldom thrice that of another. A
-    gradient that passes at a wrong element is off by as much as it is large, thousands of times float32's rounding.
+    Errors are lengths of whole tensors, of which both have as many roundings. A value within rounding of zero may pass
+    the ReLU in one and not in another: of ResNet-18's million activations about one, on which some percent of the
+    image's gradient hang. Where the mask is misread half of them are wrong, and the error is as long as the gradient.
     """
     for name, value in exact.items():
-        error, allowed = ((r[name].double() - value.double()).abs().max() for r in (compiled, eager))
+        error, allowed = ((r[name].double() - value.double()).norm() for r in (compiled, eager))
         least = torch.finfo(eager[name].dtype).eps if eager[name].is_floating_point() else 0
-        assert error <= 3 * allowed + 4 * least * value.abs().max(), (name, error, allowed)
+        kinks = 0.05 if name.startswith("grad") else 0
+        assert error <= 3 * allowed + (4 * least + kinks) * value.double().norm(), (name, error, allowed)
 
 
 def _models(make, format, **options):

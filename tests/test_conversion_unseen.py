@@ -5,6 +5,7 @@ import copy
 import gc
 import itertools
 import pickle
+import warnings
 import weakref
 
 import pytest
@@ -486,7 +487,72 @@ class SharesVariance(Base):
         return F.relu(z + y)
 
 
-@pytest.mark.parametrize("cls", [ReadsBefore, WithABuffer, WithAView, SharesVariance])
+class Probe(nn.Module):
+    """Sees a BatchNorm that is none of its parts: its class has it."""
+
+    watched: nn.Module
+
+    def forward(self, x):
+        return x * (1 + type(self).watched.running_mean.abs().sum())
+
+
+GLOBALS = {}
+
+
+class GlobalProbe(nn.Module):
+    def forward(self, x):
+        return x * (1 + watched().running_mean.abs().sum())
+
+
+def watched():
+    return GLOBALS["bn"]
+
+
+class Probed(Base):
+    """Another module runs between the BatchNorm and the add, which a projection shortcut may do."""
+
+    def __init__(self):
+        super().__init__()
+        self.probe = Probe()
+
+    def forward(self, x):
+        Probe.watched = GLOBALS["bn"] = self.bn2
+        y = self.bn2(self.conv1(x))
+        z = self.probe(x)
+        return F.relu(y + z)
+
+
+class ProbedByAGlobal(Probed):
+    def __init__(self):
+        super().__init__()
+        self.probe = GlobalProbe()
+
+
+class ProbedByAClosure(Probed):
+    def __init__(self):
+        super().__init__()
+        bn = (self.bn2,)
+
+        class Closure(nn.Module):
+            def forward(self, x):
+                return x * (1 + bn[0].running_mean.abs().sum())
+
+        self.probe = Closure()
+
+
+class WithAParameter(Probed):
+    """A parameter of the module beside is the statistic."""
+
+    def __init__(self):
+        super().__init__()
+        self.probe = nn.Conv2d(8, 8, 1)
+        self.probe.bias = nn.Parameter(self.bn2.running_mean, requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [ReadsBefore, WithABuffer, WithAView, SharesVariance, Probed, ProbedByAGlobal, ProbedByAClosure, WithAParameter],
+)
 def test_aliases_of_statistics(cls):
     torch.manual_seed(1)
     block = cls().double()
@@ -618,6 +684,77 @@ def test_the_class_of_self_is_what_it_was():
     x = torch.randn(2, 8, 5, 5).double()
     compiled = torch.compile(block, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), reference(x), **TOLERANCE)
+
+
+class AsksInAComprehension(Base):
+    def forward(self, x):
+        y = F.relu(self.bn1(self.conv1(x)))
+        return y * all(type(self) is AsksInAComprehension for _ in range(1))
+
+
+class AsksInALambda(Base):
+    def forward(self, x):
+        asks = lambda: self.__class__ is AsksInALambda  # noqa: E731
+        return F.relu(self.bn1(self.conv1(x))) * asks()
+
+
+class AsksByAnotherName(Base):
+    def forward(self, x):
+        me = self
+        return F.relu(self.bn1(self.conv1(x))) * (type(me) is AsksByAnotherName)
+
+
+class AsksOfAPart(Base):
+    """Of a part that would be fused, and not in a comparison."""
+
+    def __init__(self):
+        super().__init__()
+        self.part = AsksItsClass()
+
+    def forward(self, x):
+        kinds = {AsksItsClass: 1}
+        return self.part(x) * kinds.get(type(self.part), 0)
+
+
+@pytest.mark.parametrize("cls", [AsksInAComprehension, AsksInALambda, AsksByAnotherName, AsksOfAPart])
+def test_a_class_that_is_asked_for_unseen_is_not_changed(cls):
+    block = cls().double()
+    reference = copy.deepcopy(block)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # where nothing is left to fuse
+        fuse(block)
+    assert_same_outputs(block, reference)
+
+
+def test_what_is_remembered_is_not_pickled():
+    """cloudpickle takes the attributes of classes and functions along, to where this package may not be."""
+    block = Probed()
+    fusion_report(block)
+    remembered = [
+        value
+        for owner in (Probed, Probed.forward, Probe, Probe.forward)
+        for name, value in vars(owner).items()
+        if name.startswith("_resnet_fused")
+    ]
+    assert len(remembered) >= 4
+    assert pickle.loads(pickle.dumps(remembered)) == [None] * len(remembered)
+
+
+class Unchangeable(type):
+    def __setattr__(cls, name, value):
+        raise TypeError("a class that takes no attributes")
+
+
+class OfUnchangeableClass(nn.Module, metaclass=Unchangeable):
+    def forward(self, x):
+        return x
+
+
+def test_a_class_that_takes_no_attributes():
+    model = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), OfUnchangeableClass()).double()
+    reference = copy.deepcopy(model)
+    assert fusion_report(fuse(model)).fused == 1
+    assert_same_outputs(model, reference)
 
 
 class Replaced(Base):

@@ -70,8 +70,8 @@ class Normalized(Deferred):
     def settle(self) -> Tensor:
         """bn(input)."""
         if self.input is not None:
-            self.output = modules.batch_norm_add_relu(self.norm, self.input, relu=False)
-            self.take()
+            # Taken first: what raises is not run again by who cleans up behind it.
+            self.output = modules.batch_norm_add_relu(self.norm, self.take(), relu=False)
         return self.output
 
     def take(self) -> Tensor:
@@ -414,6 +414,8 @@ def _apart(value: Deferred, module: nn.Module, args: tuple) -> bool:
     for part in module.modules():
         if part._buffers and (trains or part.training):
             others += [buffer for buffer in part._buffers.values() if buffer is not None]
+        if trains and part._parameters:
+            others += [parameter for parameter in part._parameters.values() if parameter is not None]
     if torch.compiler.is_compiling():  # a graph knows who is who, and no storage
         return not any(one is other for one in statistics for other in others)
     return _storages(statistics).isdisjoint(_storages(others))

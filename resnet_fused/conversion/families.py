@@ -7,6 +7,7 @@ from torch import nn
 
 from . import kinds, timm_layers, torchvision_ops, transformers_layers
 from .classes import Fused
+from .remembered import remember
 
 _PACKAGES = {
     "timm": timm_layers.kind,
@@ -34,4 +35,5 @@ def learn(classes: Iterable[type[nn.Module]]) -> None:
     for cls in classes:
         if not kinds.is_known(cls) and not issubclass(cls, Fused):
             package = _PACKAGES.get(cls.__module__.partition(".")[0])
-            kinds.remember(cls, kinds.inherited(cls) or (None if package is None else package(cls)))
+            kind = kinds.inherited(cls) or (None if package is None else package(cls))
+            remember(cls, kinds.MEMORY, cls, kind)

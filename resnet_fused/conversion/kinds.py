@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, jit, nn
 
 from .. import bypass
+from .remembered import recall
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _CONVOLUTIONS = (
@@ -78,28 +79,22 @@ _OF_TORCH: dict[type[nn.Module], Kind] = {
     nn.Sequential: Kind(CHAIN, nn.Sequential.forward),
     nn.MaxPool2d: Kind(POOL, nn.MaxPool2d.forward),
 }
-# In the attributes of any other class, to live no longer than that: the class, for its subclasses have the
-# attribute too, and what is known of it, or None.
+# The attribute of any other class with what is known of it, or None.
 MEMORY = "_resnet_fused_kind"
 
 
 def is_known(cls: type[nn.Module]) -> bool:
     """Whether a class was looked at, whatever was found."""
-    return cls in _OF_TORCH or getattr(cls, MEMORY, (None,))[0] is cls
+    return cls in _OF_TORCH or recall(cls, MEMORY, cls) is not None
 
 
 def known(cls: type[nn.Module]) -> Kind | None:
     """What is known of a class; None where nothing is, or it was not looked at."""
     kind = _OF_TORCH.get(cls)
     if kind is None:
-        owner, found = getattr(cls, MEMORY, (None, None))
-        return found if owner is cls else None
+        found = recall(cls, MEMORY, cls)
+        return None if found is None else found.value
     return kind
-
-
-def remember(cls: type[nn.Module], kind: Kind | None) -> None:
-    """Notes what is known of a class."""
-    setattr(cls, MEMORY, (cls, kind))
 
 
 def inherited(cls: type[nn.Module]) -> Kind | None:

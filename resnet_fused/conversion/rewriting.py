@@ -39,9 +39,11 @@ import copy
 import inspect
 import types
 import warnings
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from .deferred import HELPERS
+from .remembered import recall, remember
 from .source import Refused, definition
 from .statements import Writer
 
@@ -87,7 +89,8 @@ class Rewritten(NamedTuple):
         Where an exception leaves it nothing waits any more. That is a function around the body and not a ``try`` in it,
         in which torch.compile breaks no graph.
         """
-        code = _compiled(self.original.__code__, self.tree, _guarded(self.tree, name))
+        freevars = [name for name in self.original.__code__.co_freevars if name != "__class__"]
+        code = _compiled(self.original.__code__, self.tree, _guarded(self.tree, name, freevars))
         return _function(self.original, code, {_BODY: self.inner, _ORIGINAL: self.original, _BASE: base})
 
 
@@ -104,8 +107,7 @@ class _Written(NamedTuple):
     tree: ast.FunctionDef
 
 
-# In the attributes of a function, to live no longer than that: its code, which may be replaced, and what
-# was written of it, or why it is refused.
+# The attribute of a function with what was written of its code, or why that is refused.
 _KNOWN = "_resnet_fused_written"
 
 
@@ -115,13 +117,15 @@ def rewritten(function: types.FunctionType) -> Rewritten:
     Raises:
         Refused: its source is not at hand or not its own, or it says something that is not known here.
     """
-    code, known = vars(function).get(_KNOWN, (None, None))
-    if code is not function.__code__:
+    found = recall(function, _KNOWN, function.__code__)
+    if found is not None:
+        known = found.value
+    else:
         try:
             known = _write(function)
         except Refused as refusal:
             known = str(refusal)
-        vars(function)[_KNOWN] = function.__code__, known
+        remember(function, _KNOWN, function.__code__, known)
     if isinstance(known, str):
         raise Refused(known)
     code = function.__code__
@@ -151,6 +155,7 @@ def _write(function: types.FunctionType) -> _Written:
     if "getattr" in code.co_names and "getattr" not in function.__globals__:
         tree = _Attributes().visit(copy.deepcopy(tree))
     _check(tree, code.co_varnames[0])
+    _check_classes(tree, code.co_varnames[0])
     bodies, waits, asks_self = [], False, False
     for is_open in (False, True):
         writer = Writer(function, tree, is_open)
@@ -161,14 +166,17 @@ def _write(function: types.FunctionType) -> _Written:
     return _Written(*codes, *bodies, waits, _asks_classes(tree), asks_self, tree)
 
 
-def _guarded(tree: ast.FunctionDef, name: str) -> list[ast.stmt]:
+def _guarded(tree: ast.FunctionDef, name: str, freevars: list[str]) -> list[ast.stmt]:
     args = tree.args
     given = [argument.arg for argument in (*args.posonlyargs, *args.args)]
     given += [f"*{args.vararg.arg}"] if args.vararg else []
     given += [f"{argument.arg}={argument.arg}" for argument in args.kwonlyargs]
     given += [f"**{args.kwarg.arg}"] if args.kwarg else []
     arguments = ", ".join(given)
+    # torch.jit.script looks into the closure for what the source names.
+    closure = f"if False: {', '.join(freevars)}" if freevars else ""
     body = ast.parse(f"""
+{closure}
 if {_BASE}.{name} is not {_ORIGINAL}:
     return {_BASE}.{name}({arguments})
 try:
@@ -194,15 +202,40 @@ class _Attributes(ast.NodeTransformer):
         return node
 
 
+def _classes_asked_for(tree: ast.AST) -> Iterator[ast.expr]:
+    """The values of which the exact class is asked for, and not its name alone."""
+    named = [
+        node.value for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr in _NAMES_OF_CLASSES
+    ]
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(func=ast.Name(id="type"), args=[value]) | ast.Attribute(value=value, attr="__class__"):
+                if not any(node is one for one in named):
+                    yield value
+
+
+_NAMES_OF_CLASSES = ("__name__", "__qualname__", "__module__")
+
+
 def _asks_classes(tree: ast.FunctionDef) -> bool:
     arguments = {argument.arg for argument in ast.walk(tree.args) if isinstance(argument, ast.arg)}
-    for comparison in ast.walk(tree):
-        for node in ast.walk(comparison) if isinstance(comparison, ast.Compare) else ():
-            match node:
-                case ast.Call(func=ast.Name(id="type"), args=[value]) | ast.Attribute(value=value, attr="__class__"):
-                    if not (isinstance(value, ast.Name) and value.id in arguments):
-                        return True
-    return False
+    return any(not (isinstance(value, ast.Name) and value.id in arguments) for value in _classes_asked_for(tree))
+
+
+def _check_classes(tree: ast.FunctionDef, me: str) -> None:
+    """Refuses what may ask for the class of ``me`` where that is not seen: by another name, or some other time."""
+    if not any(True for _ in _classes_asked_for(tree)):
+        return
+    for node in ast.walk(tree):
+        value = getattr(node, "value", None)
+        if isinstance(node, ast.Assign | ast.NamedExpr) and isinstance(value, ast.Name) and value.id == me:
+            raise Refused(f"it gives {me} another name, and asks for a class")
+        inner = isinstance(node, _RUN_LATER) or (isinstance(node, ast.FunctionDef) and node is not tree)
+        if inner and any(True for _ in _classes_asked_for(node)):
+            raise Refused(f"it asks for a class in a {type(node).__name__.lower()}")
+
+
+_RUN_LATER = (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
 def _check(tree: ast.FunctionDef, me: str) -> None:

@@ -8,7 +8,7 @@ from torch.fx import GraphModule
 
 from ..modules import FusedBottleneck, FusedResidualBlock
 from . import families, kinds, methods
-from .classes import are_replaced, base_of, check_class, is_fused, why_overridden
+from .classes import are_replaced, base_of, check_class, is_changed, is_fused, why_overridden
 from .source import Refused
 
 # torch.ao's, for quantization.
@@ -61,6 +61,8 @@ class Selection:
         return self._known[id(module)]
 
     def _obstacle(self, module: nn.Module) -> str | None:
+        if is_fused(module) and is_changed(module):
+            return replaced(module)
         cls = base_of(module)
         kind = None if is_fused(module) else families.kind_of(module)
         if kind is not None and kind.role != kinds.CHAIN:
