@@ -383,12 +383,22 @@ def _lies_plainly(input: Tensor) -> bool:
     if not _is_tensor(input) or input.dtype not in backend.DTYPES:
         return False
     if input.is_contiguous():
-        return input.dim() < 4 or 1 not in input.shape or input.stride() == _strides(input, channels_last=False)
+        return input.dim() < 4 or _has_strides_of(input, channels_last=False)
     if peek_interpreter_stack() is not None or input.dim() not in _CHANNELS_LAST:
         return False
     if not input.is_contiguous(memory_format=_CHANNELS_LAST[input.dim()]):
         return False
-    return 1 not in input.shape or input.stride() == _strides(input, channels_last=True)
+    return _has_strides_of(input, channels_last=True)
+
+
+def _has_strides_of(input: Tensor, channels_last: bool) -> bool:
+    """Whether a tensor without gaps has the strides of its format for sizes of 1 too."""
+    shape = input.shape
+    if 1 not in shape:
+        return True
+    if shape[0] == 1 and shape.count(1) == 1:  # a single image
+        return input.stride(0) == input.numel()
+    return input.stride() == _strides(input, channels_last)
 
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
