@@ -64,7 +64,7 @@ inline OnChip plan_on_chip(const Shape& shape, int sums, int v, int unroll, int 
   if (!device_attribute(cudaDevAttrCooperativeLaunch)) return {};
   for (int64_t per_processor = 4; per_processor > 0; --per_processor) {
     const int64_t blocks = per_processor * processors;
-    SumsPlan plan = plan_sums(shape, sums, v, unroll, group, 1, [&](int, int64_t) { return blocks; });
+    SumsPlan plan = plan_sums(shape, sums, v, unroll, group, 1, true, [&](int, int64_t) { return blocks; });
     const SumsWalk& w = plan.walk;
     plan.grid = grid_size(std::min(w.items, blocks));
     if (shape.rows && w.items > blocks) continue;

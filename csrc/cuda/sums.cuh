@@ -419,7 +419,8 @@ struct SumsPlan {
 
 // Enough blocks to fill the device, resident(threads, shared bytes), each with a chunk or more to do.
 template <typename Resident>
-SumsPlan plan_sums(const Shape& shape, int sums, int v, int unroll, int group, int branches, const Resident& resident) {
+SumsPlan plan_sums(const Shape& shape, int sums, int v, int unroll, int group, int branches, bool on_chip,
+                   const Resident& resident) {
   SumsPlan plan{};
   SumsWalk& w = plan.walk;
   w.inner = shape.inner();
@@ -449,7 +450,10 @@ SumsPlan plan_sums(const Shape& shape, int sums, int v, int unroll, int group, i
     groups = w.channels;
   }
   const int64_t blocks = resident(static_cast<int>(plan.block), plan.shared_bytes);
-  w.splits = std::clamp<int64_t>(blocks / std::max<int64_t>(groups * branches, 1), 1, std::max<int64_t>(w.chunks, 1));
+  // Sums that blocks hand to each other are traffic too: of many chunks a block has two, unless it keeps them on chip.
+  const int64_t least = on_chip || w.chunks < 128 ? 1 : 2;
+  w.splits =
+      std::clamp<int64_t>(blocks / std::max<int64_t>(groups * branches, 1), 1, std::max<int64_t>(w.chunks / least, 1));
   w.items = groups * w.splits;
   constexpr int64_t kFew = 32;
   w.group_splits = w.splits <= kFew ? w.splits : kFew;
@@ -479,7 +483,7 @@ SumsPlan plan_sums(const Shape& shape, int sums, int v, int unroll, int group, i
 inline cudaError_t plan_sums(SumsPlan& plan, const Shape& shape, int sums, int v, int unroll, int group, int branches,
                              const void* kernel) {
   cudaError_t error = cudaSuccess;
-  plan = plan_sums(shape, sums, v, unroll, group, branches, [&](int threads, int64_t shared_bytes) {
+  plan = plan_sums(shape, sums, v, unroll, group, branches, false, [&](int threads, int64_t shared_bytes) {
     int64_t blocks = 1;
     error = resident_blocks(kernel, threads, shared_bytes, blocks);
     return blocks;
