@@ -111,15 +111,15 @@ define run_operator_tests
 	$$python -c 'import resnet_fused, sys, torch; path = resnet_fused.__file__; assert path.startswith(sys.prefix), path; \
 	from resnet_fused.ops import library; \
 	print("resnet_fused from", path, "under torch", torch.__version__, "- CUDA library:", library.why_no_cuda() or "loaded")'; \
-	$$python -m pytest $(2) .
+	OMP_NUM_THREADS=1 $$python -m pytest $(2) .
 endef
 
 # The interpreter of the Triton that came with torch 2.10 and 2.11 does not know NumPy 2.4.
 test-other-torch: wheel
 	$(PYTHON) -m venv $(OTHER_VENV)
-	$(OTHER_VENV)/bin/python -m pip install --quiet torch==$(OTHER_TORCH) pytest hypothesis expecttest 'numpy<2.4'
+	$(OTHER_VENV)/bin/python -m pip install --quiet torch==$(OTHER_TORCH) pytest pytest-xdist hypothesis expecttest 'numpy<2.4'
 	$(OTHER_VENV)/bin/python -m pip install --quiet --force-reinstall --no-deps dist/*.whl
-	$(call run_operator_tests,$(OTHER_VENV),$(ARGS))
+	$(call run_operator_tests,$(OTHER_VENV),-n 2 $(ARGS))
 
 # An environment of its own for the wheel; torch, of several GB, is that of $(VENV).
 test-wheel: wheel

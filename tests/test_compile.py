@@ -55,18 +55,18 @@ def _results(model, images, autocast, grad, original=None):
     return results | {name: b.clone() for name, b in (original or model).named_buffers()}
 
 
-def _assert_close(compiled, eager, exact):
+def _assert_close(compiled, eager, exact, kinks=0.0):
     """The compiled model is as far from float64 as eager is, within what another order of sums makes of rounding.
 
-    Errors are lengths of whole tensors, of which both have as many roundings. A value within rounding of zero may pass
-    the ReLU in one and not in another: of ResNet-18's million activations about one, on which some percent of the
-    image's gradient hang. Where the mask is misread half of them are wrong, and the error is as long as the gradient.
+    Errors are lengths of whole tensors, of which both have as many roundings. ``kinks`` is the share of a gradient that
+    may hang on values within rounding of zero, which pass the ReLU in one and not in another. Where the mask is misread
+    half of them are wrong, and the error is as long as the gradient.
     """
     for name, value in exact.items():
         error, allowed = ((r[name].double() - value.double()).norm() for r in (compiled, eager))
         least = torch.finfo(eager[name].dtype).eps if eager[name].is_floating_point() else 0
-        kinks = 0.05 if name.startswith("grad") else 0
-        assert error <= 3 * allowed + (4 * least + kinks) * value.double().norm(), (name, error, allowed)
+        share = kinks if name.startswith("grad") else 0.0
+        assert error <= 3 * allowed + (4 * least + share) * value.double().norm(), (name, error, allowed)
 
 
 def _models(make, format, **options):
@@ -87,17 +87,24 @@ def _images(batch, size, format):
     return torch.randn(batch, 3, size, size).contiguous(memory_format=format)
 
 
-def _check(models, images, autocast=False, grad=True):
+def _check(models, images, autocast=False, grad=True, kinks=0.0):
     exact, eager, twin, compiled, _ = models
     reference = _results(exact, images.double(), False, grad)
-    _assert_close(_results(compiled, images, autocast, grad, twin), _results(eager, images, autocast, grad), reference)
+    results = _results(compiled, images, autocast, grad, twin)
+    _assert_close(results, _results(eager, images, autocast, grad), reference, kinks)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def no_cache():
     """What Inductor compiled of other kernels is not taken up."""
     with fresh_inductor_cache():
         yield
+
+
+@pytest.fixture(autouse=True)
+def strict(monkeypatch):
+    """With CI set, Inductor refuses to call an operator for which torch has a decomposition."""
+    monkeypatch.setenv("CI", "1")
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -148,5 +155,6 @@ def test_bottleneck_with_projection(format):
 def test_resnet18(format, autocast):
     torchvision = pytest.importorskip("torchvision")
     models = _models(torchvision.models.resnet18, FORMATS[format])
-    _check(models, _images(4, 64, FORMATS[format]), autocast)
+    # Of its million activations about one is within rounding of zero: some percent of the image's gradient hang on it.
+    _check(models, _images(4, 64, FORMATS[format]), autocast, kinks=0.05)
     assert models[-1].frame_count == 1

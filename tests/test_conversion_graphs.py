@@ -389,8 +389,8 @@ def test_torchs_own_table_leaves_the_operators():
 
 
 def test_compiled_graphs_call_the_operators_with_sizes_unknown():
-    """What torch.onnx asks for must not reach torch.compile."""
-    import torch._inductor.lowering  # which the decompositions need
+    """The decompositions must not reach torch.compile."""
+    import torch._inductor.lowering  # which Inductor's decompositions need
     from functorch.compile import make_boxed_func
     from torch._functorch.aot_autograd import aot_module_simplified
     from torch._inductor.decomposition import select_decomp_table
@@ -436,7 +436,8 @@ def test_a_decomposed_program_runs_without_the_package(tmp_path):
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("name", ["resnet18", "FusedBottleneck", "FusedResidualBlock of the tutorial"])
-def test_onnx_export_needs_nothing(name, layout, tmp_path):
+@pytest.mark.parametrize("exported", [False, True])
+def test_onnx_export_needs_nothing(exported, name, layout, tmp_path):
     onnx = pytest.importorskip("onnx")
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -444,7 +445,11 @@ def test_onnx_export_needs_nothing(name, layout, tmp_path):
     model = fuse(randomized(make())).eval().to(memory_format=layout)
     x = images(64).float().contiguous(memory_format=layout)
     shapes = ({0: torch.export.Dim("n")},)
-    torch.onnx.export(model, (x,), dynamo=True, dynamic_shapes=shapes, verbose=False).save(tmp_path / "model.onnx")
+    if exported:
+        program = torch.export.export(model, (x,), dynamic_shapes=shapes)
+        torch.onnx.export(program, dynamo=True, verbose=False).save(tmp_path / "model.onnx")
+    else:
+        torch.onnx.export(model, (x,), dynamo=True, dynamic_shapes=shapes, verbose=False).save(tmp_path / "model.onnx")
     nodes = onnx.load(tmp_path / "model.onnx").graph.node
     assert {node.domain for node in nodes} == {""}
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")

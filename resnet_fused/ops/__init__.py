@@ -11,7 +11,7 @@ from . import library
 library.load()
 
 # They need the operators to exist.
-from . import autocast, autograd, backend, decompositions, fake, reference, triton_kernels  # noqa: E402
+from . import autocast, autograd, backend, fake, reference, triton_kernels  # noqa: E402
 from .fake import OPERATORS  # noqa: E402
 
 _REGISTRATIONS = torch.library.Library("resnet_fused", "IMPL")
@@ -24,7 +24,6 @@ def _register() -> None:
     autograd.register(_REGISTRATIONS)
     autocast.register(_REGISTRATIONS)
     triton_kernels.register(_REGISTRATIONS)
-    decompositions.register()
     backend.begin()
 
 

@@ -12,6 +12,7 @@ In eager a formula may get the gradient of its output in two parts, and leave th
 made the residual: handover.py.
 """
 
+import sys
 from collections.abc import Callable
 
 import torch
@@ -21,6 +22,7 @@ from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
 from torch.autograd import forward_ad
 
 from . import handover, layout, recomputation, reference
+from .decompositions import DECOMPOSITIONS
 from .dispatch import below_autograd
 
 _LIBRARY = torch.ops.resnet_fused
@@ -565,6 +567,8 @@ class _AutogradLibrary(torch.library.Library):
     It sends forward-mode AD and functorch's transforms to the reference: those kernels would drop tangents without a
     word, and refuse ``torch.func.grad``.
 
+    In an ONNX export it calls the decomposition: torch.onnx knows no operator of this package.
+
     And it says which memory format an operator works in, where the caller leaves it open. Every graph of torch.compile
     with a backward is recorded below this, and so its operators have the format that they were traced with.
     """
@@ -579,12 +583,19 @@ class _AutogradLibrary(torch.library.Library):
                 forward_ad._current_level >= 0 and any(map(_has_tangent, args))
             ):
                 return getattr(reference, op_name)(*args)
+            if op_name in DECOMPOSITIONS and _is_onnx_export():
+                return DECOMPOSITIONS[op_name](*args)
             if has_format and (len(args) < len(names) or args[-1] is None):
                 absent = (None,) * (len(names) - 1 - len(args))
                 args = (*args[: len(names) - 1], *absent, layout.is_channels_last(args[like]))
             return fn(keyset, *args)
 
         return super().impl(op_name, kernel, dispatch_key, **options)
+
+
+def _is_onnx_export() -> bool:
+    onnx = sys.modules.get("torch.onnx")
+    return onnx is not None and onnx.is_in_onnx_export()
 
 
 def _has_tangent(value) -> bool:

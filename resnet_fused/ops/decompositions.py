@@ -1,14 +1,14 @@
 """The evaluation operators in operations of torch, for what leaves for a place without this package.
 
-torch.onnx.export asks ``torch._decomp.decomposition_table`` for every operator that it does not know.
-``ExportedProgram.run_decompositions`` asks a table of its own, of torch's operators alone, and has to be given
-:func:`decompositions`. torch.compile and Inductor ask neither: they call the operators.
+torch.onnx gets them below autograd (autograd.py), where it decomposes what it does not know.
+``ExportedProgram.run_decompositions`` asks a table of torch's operators alone, and has to be given
+:func:`decompositions`. They are not in ``torch._decomp.decomposition_table``: Inductor calls these operators, and where
+``CI`` is set it refuses to call what is in that table.
 """
 
 import torch
-from torch._decomp import decomposition_table, meta_table
 
-from . import fake, layout
+from . import layout
 
 _BATCH_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
 
@@ -21,20 +21,9 @@ def decompositions() -> dict:
         >>> torch.export.save(program.run_decompositions(resnet_fused.decompositions()), "model.pt2")
     """
     table = torch.export.default_decompositions()
-    table.update({_operator(name): decomposition for name, decomposition in _DECOMPOSITIONS.items()})
+    for name, decomposition in DECOMPOSITIONS.items():
+        table[getattr(torch.ops.resnet_fused, name).default] = decomposition
     return table
-
-
-def register() -> None:
-    """Puts the decompositions where torch.onnx looks for them."""
-    for name, decomposition in _DECOMPOSITIONS.items():
-        decomposition_table[_operator(name)] = decomposition
-        # Fake tensors of unknown sizes would be decomposed too, and have a kernel.
-        meta_table[_operator(name)] = getattr(fake, name)
-
-
-def _operator(name: str):
-    return getattr(torch.ops.resnet_fused, name).default
 
 
 def _batch_norm(input, weight, bias, running_mean, running_var, eps):
@@ -84,7 +73,7 @@ def _add_relu(input, residual, save_mask, channels_last=None):
     return output, layout.pack(~(layout.flat(output, channels_last) <= 0))
 
 
-_DECOMPOSITIONS = {
+DECOMPOSITIONS = {
     "batch_norm_add_relu_eval": _eval,
     "dual_batch_norm_add_relu_eval": _dual_eval,
     "add_relu": _add_relu,
