@@ -35,7 +35,7 @@ OPERATOR_TESTS ?= $(filter-out tests/test_cli.py tests/test_packaging.py tests/t
 
 # What runs on the emulated library: the tests of operators, autograd and modules, and those that need the emulator.
 EMULATED_TESTS ?= $(addprefix tests/test_,$(addsuffix .py,adversarial backend backward determinism emulated errors forward \
-  functorch gradcheck layout modules opcheck torch_samples traffic))
+  functorch gradcheck launches layout modules opcheck torch_samples traffic))
 # And again with blocks and warps in another order.
 ORDERS ?= 1 2 3
 ORDERED_TESTS ?= $(addprefix tests/test_,$(addsuffix .py,forward backward determinism))
@@ -52,7 +52,8 @@ INDUCTOR ?= ../shared/inductor_source.py
 
 HAVE_EMULATOR := $(wildcard $(EMULATOR))
 WITH_EMULATOR = OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $(dir $(EMULATOR)))
-EMULATE = $(if $(HAVE_EMULATOR),CUDA_ON_CPU_THREADS=1 OMP_NUM_THREADS=1 RESNET_FUSED_EMULATED=$(EMULATED) $(EMULATOR))
+# 64 registers a thread are what the kernels' launch bounds allow on most devices.
+EMULATE = $(if $(HAVE_EMULATOR),CUDA_ON_CPU_THREADS=1 CUDA_ON_CPU_REGISTERS=64 OMP_NUM_THREADS=1 RESNET_FUSED_EMULATED=$(EMULATED) $(EMULATOR))
 
 .PHONY: help setup demo test lint pytest bench wheel test-other-torch test-wheel audit clean emulated test-emulated traffic static gpu-check rehearse-gpu-check \
   test-triton triton-traffic triton-checks comparison model-table rehearse-gpu-check-elsewhere

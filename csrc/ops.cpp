@@ -27,11 +27,12 @@ STABLE_TORCH_LIBRARY(resnet_fused, m) {
   m.def(
       "batch_norm_add_relu_train(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, float eps, bool relu, "
       "bool save_mask, bool? channels_last=None) -> (Tensor output, Tensor mean, Tensor var, Tensor invstd, Tensor mask)");
-  // The same and update_running_stats at once.
+  // The same and update_running_stats at once. saved_bias is a copy of bias where save_mask is given and no mask is needed, for
+  // the backward then goes by it; else it has shape (0,).
   m.def(
       "batch_norm_add_relu_train_with_update(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, "
       "Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, float eps, bool relu, bool save_mask) -> "
-      "(Tensor output, Tensor mean, Tensor invstd, Tensor mask)");
+      "(Tensor output, Tensor mean, Tensor invstd, Tensor saved_bias, Tensor mask)");
   // Without a mask the ReLU's mask follows from input, weight and bias.
   m.def(
       "batch_norm_add_relu_train_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, "

@@ -43,30 +43,32 @@ def test_any_order_of_blocks_gives_the_same_bits(shape, form, layout, training, 
                 assert torch.equal(value, expected[name]), name
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("form", ["bn_add_relu", "dual_relu"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=oracle.dtype_name)
-def test_reductions_fill_the_device(dtype, form, layout, monkeypatch, device):
-    """A kernel that was not allowed its shared memory before its occupancy was asked for ran on four blocks."""
+def test_on_chip_not_beside_communication(monkeypatch, device):
+    """All blocks of a launch on chip must be resident, and would wait for those of a collective."""
     import cuda_on_cpu
 
+    def launches() -> list[str]:
+        with cuda_on_cpu.trace() as traced:
+            oracle.fused(oracle.make_case((4, 64, 16, 16), torch.bfloat16, device, "bn_add_relu"))
+        return [launch.name for launch in traced]
+
+    one = ["batch_norm_on_chip_forward_planes_kernel", "batch_norm_on_chip_backward_planes_kernel"]
+    monkeypatch.delenv("RESNET_FUSED_ON_CHIP", raising=False)
+    assert launches() == one
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        assert len(launches()) == 4
+        monkeypatch.setenv("RESNET_FUSED_ON_CHIP", "1")
+        assert launches() == one
+    finally:
+        torch.distributed.destroy_process_group()
+    monkeypatch.setenv("RESNET_FUSED_ON_CHIP", "auto")
+    assert launches() == one
     monkeypatch.setenv("RESNET_FUSED_ON_CHIP", "0")
-    batch, channels, *positions = shape = (4, 256, 28, 28)
-    count = batch * positions[0] * positions[1]
-    case = oracle.make_case(shape, dtype, device, form, True, layout)
-    with cuda_on_cpu.trace() as launches:
-        oracle.fused(case)
-    reductions = [launch for launch in launches if "statistics" in launch.name or "reduce" in launch.name]
-    assert len(reductions) == 2
-    for launch in reductions:
-        # An H100 has 132 multiprocessors of 2048 threads and 228 KiB, of which a block takes one for itself.
-        per_processor = min(
-            2048 // launch.block[0], 228 * 1024 // (launch.static_shared + launch.dynamic_shared + 1024)
-        )
-        # A thread of rows reads 16 bytes of 4 or 8 rows at a time, and a block of planes has a channel.
-        rows = {torch.float32: 4, torch.bfloat16: 8}[dtype]
-        blocks = -(-count * channels * dtype.itemsize // 16 // (256 * rows)) if layout == "channels_last" else channels
-        assert launch.grid[0] >= 0.9 * min(132 * per_processor // launch.grid[1], blocks), launch
+    assert len(launches()) == 4
+    monkeypatch.setenv("RESNET_FUSED_ON_CHIP", "yes")
+    with pytest.raises(RuntimeError, match="RESNET_FUSED_ON_CHIP must be 0, 1 or auto, got yes"):
+        launches()
 
 
 @pytest.mark.parametrize("threads", [1, 2])

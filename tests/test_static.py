@@ -15,7 +15,7 @@ if not (ROOT / "tools").is_dir():
 sys.path.insert(0, str(ROOT / "tools"))
 static = importlib.import_module("static_checks")
 
-GOOD = static.Kernel("forward_kernel<float, 4, true>", "9.0", 64, 0, 0, 1024, 256, 16, 16)
+GOOD = static.Kernel("forward_kernel<float, 4, true>", "9.0", 64, 0, 0, 1024, 256, 16, 16, 32)
 
 
 def _faults(**changes):
@@ -32,13 +32,18 @@ def test_a_good_kernel_has_no_fault():
         ({"spills": 3}, "3 instructions go to local memory"),
         ({"stack": 8}, "has 8 bytes of stack"),
         ({"shared": 20480}, "has 20480 bytes of shared memory, more than kOwnShared of csrc/cuda/device.h"),
-        ({"registers": 72}, "72 registers leave an SM 768 threads, fewer than 1024"),
+        ({"registers": 72, "under_way": 48}, "72 registers leave an SM 768 threads, fewer than 1024"),
         ({"load": 8}, "reads no more than 8 bytes at once"),
         ({"store": 4}, "writes no more than 4 bytes at once"),
+        ({"under_way": 16}, "has 16 bytes of loads under way a thread, of 1024 threads"),
     ],
 )
 def test_faults(changes, fault):
     assert _faults(**changes) == [fault]
+
+
+def test_fewer_threads_may_have_more_loads_under_way():
+    assert _faults(registers=72, under_way=64) == []
 
 
 def test_own_shared_memory_is_what_launches_count_with():
@@ -127,6 +132,27 @@ SASS = """
 
 def test_widest_accesses():
     assert dict(static.widest_accesses(SASS)) == {"_Z4copyPf": (16, 8, 2), "_Z5otherPf": (0, 1, 0)}
+
+
+LOOP = """
+\t\tFunction : _Z4loopPf
+        /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;            /* 0x0 */
+        /*0010*/                   LDG.E.128 R8, desc[UR4][R2.64] ;            /* 0x0 */
+        /*0020*/              @!P0 LDG.E.128.CONSTANT R12, desc[UR4][R2.64] ;  /* 0x0 */
+        /*0030*/                   LDG.E.U8 R16, desc[UR4][R2.64] ;            /* 0x0 */
+        /*0040*/                   FADD R20, R6, R21 ;                         /* 0x0 */
+        /*0050*/                   LDG.E.64 R4, desc[UR4][R2.64] ;             /* 0x0 */
+        /*0060*/                   STG.E.64 desc[UR4][R8.64], R4 ;             /* 0x0 */
+        /*0070*/               @P1 BRA 0x10 ;                                  /* 0x0 */
+        /*0080*/                   LDG.E.128 R4, desc[UR4][R2.64] ;            /* 0x0 */
+\t\tFunction : _Z5otherPf
+        /*0010*/                   LDG.E.128 R4, desc[UR4][R2.64] ;            /* 0x0 */
+"""
+
+
+def test_loads_under_way():
+    """In the loop two wide ones, a byte and a narrower one; the store waits for the last, and R6 was there before."""
+    assert static.loads_under_way(LOOP) == {"_Z4loopPf": 16 + 16 + 1 + 8, "_Z5otherPf": 0}
 
 
 def test_launch_bounds():

@@ -43,7 +43,12 @@ FLAGS = (
 )
 # Read from its PTX, which must not be compressed; CPU tensors take the place of CUDA ones.
 EMULATED_ARCHITECTURE = "8.0+PTX"
-EMULATED_FLAGS = ("-lineinfo", "--compress-mode=none", "-DRESNET_FUSED_CUDA_DISPATCH_KEY=CPU")
+EMULATED_FLAGS = (
+    "-lineinfo",
+    "--compress-mode=none",
+    "-DRESNET_FUSED_CUDA_DISPATCH_KEY=CPU",
+    "-DRESNET_FUSED_EMULATED",
+)
 
 RULES = """
 rule compile

@@ -47,6 +47,10 @@ ARCHITECTURES = {
 }
 # kOwnShared of csrc/cuda/device.h: with no more than this, a launch knows when it has to ask for dynamic shared memory.
 OWN_SHARED = 16 << 10
+# Bytes of loads that an SM needs under way to keep its memory busy. By Little's law they are its share of 3.35 TB/s, on
+# an H100, times the latency: 20 KB at 0.8 us, and twice that where the memory is loaded. Every kernel has two accesses
+# of 16 bytes for half of the threads, which are 32 KiB there; with this many bytes it may have fewer threads.
+LEAST_OF_THREAD, ENOUGH_UNDER_WAY = 32, 40 << 10
 SIZES = {"double": 8, "float": 4}  # any other type has two bytes
 
 
@@ -63,6 +67,7 @@ class Kernel:
     block: int  # the most threads of a block, by its launch bounds
     load: int  # bytes of the widest
     store: int
+    under_way: int  # bytes of a thread's loads in a loop before it needs the first of them
 
     @property
     def template(self) -> str:
@@ -100,13 +105,15 @@ class Kernel:
         if self.shared > OWN_SHARED:
             found.append(f"has {self.shared} bytes of shared memory, more than kOwnShared of csrc/cuda/device.h")
         half = ARCHITECTURES[self.architecture].threads // 2
-        if self.threads < half:
+        if self.threads < half and self.threads * self.under_way < ENOUGH_UNDER_WAY:
             found.append(f"{self.registers} registers leave an SM {self.threads} threads, fewer than {half}")
         if self.access is not None and self.access >= 16:
             if self.load < 16:
                 found.append(f"reads no more than {self.load} bytes at once")
             if self.store < 16 and not _reduces(self.name):
                 found.append(f"writes no more than {self.store} bytes at once")
+            if self.threads * self.under_way < half * LEAST_OF_THREAD:
+                found.append(f"has {self.under_way} bytes of loads under way a thread, of {self.threads} threads")
         return [f"{self.name} on {self.architecture}: {fault}" for fault in found]
 
 
@@ -147,7 +154,8 @@ def _kernels_of(cubin: pathlib.Path, architecture: str, program: str) -> Iterato
     usage = resource_usage(_run(program, "--dump-resource-usage", cubin))
     if not usage:
         return
-    accesses = widest_accesses(_run(program, "-sass", cubin))
+    sass = _run(program, "-sass", cubin)
+    accesses, under_way = widest_accesses(sass), loads_under_way(sass)
     bounds = launch_bounds(cubin.read_bytes())
     names = dict(zip(usage, demangled(usage), strict=True))
     for mangled, used in usage.items():
@@ -162,6 +170,7 @@ def _kernels_of(cubin: pathlib.Path, architecture: str, program: str) -> Iterato
             bounds.get(mangled, 1024),
             load,
             store,
+            under_way.get(mangled, 0),
         )
 
 
@@ -200,6 +209,48 @@ def widest_accesses(sass: str) -> dict[str, tuple[int, int, int]]:
             store = max(store, _bytes(modifiers))
         found[name] = load, store, spills
     return found
+
+
+def loads_under_way(sass: str) -> dict[str, int]:
+    """Of every function: bytes of global loads that a thread issues before it needs one, in the loop of most.
+
+    Instructions are taken in the order in which they stand: both sides of a branch count.
+    """
+    code: dict[str, dict[int, str]] = {}
+    for line in sass.splitlines():
+        function = re.match(r"\s*Function : (\S+)", line)
+        instruction = re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(.*?);", line)
+        if function:
+            instructions = code[function[1]] = {}
+        elif instruction:
+            instructions[int(instruction[1], 16)] = instruction[2]
+    return {name: max(map(_under_way, _loops(instructions)), default=0) for name, instructions in code.items()}
+
+
+def _loops(instructions: dict[int, str]) -> Iterator[list[str]]:
+    """What stands between a jump backwards and its target."""
+    for address, text in instructions.items():
+        jump = re.match(r"BRA\b.*?0x([0-9a-f]+)", text)
+        if jump and int(jump[1], 16) <= address:
+            yield [t for at, t in instructions.items() if int(jump[1], 16) <= at <= address]
+
+
+def _under_way(loop: list[str]) -> int:
+    most = count = 0
+    waited_for: set[int] = set()
+    for text in loop:
+        name, _, operands = text.partition(" ")
+        registers = [int(number) for number in re.findall(r"\bR(\d+)\b", operands)]
+        load = re.match(r"LDG((?:\.\w+)*)$", name)
+        if waited_for.intersection(registers if name.startswith("ST") else registers[1:]):
+            count = 0
+            waited_for.clear()
+        if load and registers:
+            width = max(_bytes(load[1]), 4)
+            waited_for.update(range(registers[0], registers[0] + width // 4))
+            count += _bytes(load[1])
+            most = max(most, count)
+    return most
 
 
 def _bytes(modifiers: str) -> int:
@@ -271,8 +322,9 @@ def table(found: list[Kernel]) -> str:
         wide = kernel.access is not None and kernel.access >= 16
         groups[kernel.template, "16 bytes" if wide else "narrower", kernel.architecture].append(kernel)
     lines = [
-        "| kernel | accesses | GPU | instances | registers | spills | shared, bytes | threads an SM | load | store |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| kernel | accesses | GPU | instances | registers | spills | shared, bytes | threads an SM | load | store "
+        "| under way, KiB an SM |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     order = list(ARCHITECTURES)
     for (name, kind, architecture), of in sorted(groups.items(), key=lambda g: (*g[0][:2], order.index(g[0][2]))):
@@ -287,6 +339,7 @@ def table(found: list[Kernel]) -> str:
             f"{min(k.threads for k in of)} of {ARCHITECTURES[architecture].threads}",
             min(k.load for k in of),
             min(k.store for k in of),
+            f"{min(k.threads * k.under_way for k in of) / 1024:.0f}",
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)

@@ -36,7 +36,7 @@ SHAPES = (
 QUICK_SHAPES = ((16, 256, 56, 56),)
 # What is held to the formula: tensors of that many elements. Sums that blocks hand to each other are as many as the GPU
 # holds blocks, and weigh more where the tensor is small.
-LARGE = 6_000_000
+LARGE = 12_000_000
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 FORMS = ("bn_relu", "bn_add_relu", "dual_relu")
@@ -165,7 +165,7 @@ def cases(form: str, direction: str, shape, dtype: torch.dtype, layout: str) -> 
 
     if direction == "forward":
         return forward
-    _, saved, invstd, mask = forward()
+    _, saved, invstd, _, mask = forward()
     needs = (True, residual is not None, True, True)
     arguments = (grad, x, weight, bias, saved, invstd, mask if residual is not None else None, True, *needs, *second)
     return lambda: ops.batch_norm_add_relu_train_backward(*arguments)

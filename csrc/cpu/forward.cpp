@@ -142,17 +142,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_add_relu_train(
       });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_add_relu_train_with_update(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_add_relu_train_with_update(
     const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& residual,
     const MaybeTensor& running_mean, const MaybeTensor& running_var, double momentum, double eps, bool relu,
     bool save_mask) {
   check_input(input);
   check_update(input, weight, bias, running_mean, running_var, "running_mean", "running_var");
   check_count(input);
+  const Tensor saved_bias = bias && save_mask && !(relu && residual)
+                                ? torch::stable::clone(*bias)
+                                : nothing(bias ? bias->scalar_type() : statistics_dtype(input.scalar_type()));
   return train(input, weight, bias, residual, eps, relu, save_mask, std::nullopt,
                [&](const auto& branch, const auto& out) {
                  branch.update(running_mean, running_var, momentum);
-                 return std::tuple(out.output, branch.mean_tensor(), branch.invstd_tensor(), out.mask);
+                 return std::tuple(out.output, branch.mean_tensor(), branch.invstd_tensor(), saved_bias, out.mask);
                });
 }
 

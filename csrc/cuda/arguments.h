@@ -7,26 +7,13 @@
 #include <cstdint>
 #include <functional>
 
+#include "cuda/plan.h"
+
 namespace resnet_fused::cuda {
 
 enum class Dtype : int32_t { kDouble, kFloat, kBFloat16, kHalf };
 
 inline int64_t size_of(Dtype dtype) { return dtype == Dtype::kDouble ? 8 : dtype == Dtype::kFloat ? 4 : 2; }
-
-// A tensor without gaps as rows of C values (channels_last, or a single position) or planes of S = H·W.
-struct Shape {
-  int64_t batch;
-  int64_t channels;
-  int64_t positions;
-  bool rows;
-
-  constexpr int64_t count() const { return batch * positions; }
-  constexpr int64_t numel() const { return batch * positions * channels; }
-  // A run is a row or a plane. The mask packs each into whole bytes.
-  constexpr int64_t inner() const { return rows ? channels : positions; }
-  constexpr int64_t runs() const { return rows ? batch * positions : batch * channels; }
-  constexpr int64_t mask_bytes() const { return (inner() + 7) / 8; }
-};
 
 // One value a channel, of any stride and of the tensor's dtype or the statistics'. Without data: ones or zeros, as it
 // may be.
@@ -57,10 +44,16 @@ struct Branch {
   double eps = 0;
 };
 
-// How a launch reports back: the first error, and where scratch memory comes from.
+// Memory in which blocks that share a channel meet.
+struct Meeting {
+  void* partials = nullptr;
+  unsigned* counters = nullptr;  // zeros; a kernel leaves them so
+};
+
+// Where a launch goes, and where its meetings' memory comes from.
 struct Launch {
   cudaStream_t stream = nullptr;
-  std::function<void*(int64_t bytes)> allocate;
+  std::function<cudaError_t(int64_t partial_bytes, int64_t counters, Meeting& meeting)> meet;
 };
 
 // A training input: where its statistics go. Results are of the statistics' dtype; those without data are not written.
@@ -73,7 +66,8 @@ struct StatisticsBranch {
   ChannelOutput running_mean, running_var;
   double momentum = 0;
   ChannelVector weight, bias;
-  void* table = nullptr;  // for the pass that normalizes
+  ChannelOutput saved_bias;  // a copy of the bias
+  void* table = nullptr;     // for the pass that normalizes
 };
 
 struct StatisticsArguments {

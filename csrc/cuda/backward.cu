@@ -26,11 +26,18 @@ __device__ __forceinline__ TableEntry<C> slopes_of(const BackwardArguments& a, i
 template <typename T, int V, bool kRows, bool kTwo>
 constexpr int unroll() {
   if (V == 1) return kTwo || sizeof(T) == 8 ? 2 : 4;
-  return kTwo || (kRows && V == 8) ? 1 : 2;
+  return kTwo ? 1 : 2;
+}
+
+// Two accesses of eight values and more, which take a quarter of the registers.
+template <typename T, int V, bool kRows, bool kTwo>
+constexpr bool holds_more() {
+  return kRows && V == 8 && unroll<T, V, kRows, kTwo>() > 1;
 }
 
 template <typename T, int V, bool kRows, bool kTwo>
-__global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_backward_kernel(const BackwardArguments a, const Walk w) {
+__global__ void RESNET_FUSED_LAUNCH_BOUNDS_OF((holds_more<T, V, kRows, kTwo>()))
+    batch_norm_backward_kernel(const BackwardArguments a, const Walk w) {
   using C = Compute<T>;
   constexpr int K = kTwo ? 7 : 5, U = unroll<T, V, kRows, kTwo>();
   const Gradient& g = a.gradient;

@@ -86,7 +86,7 @@ struct Gradients {
     return sums.grad_weight.data || sums.grad_bias.data || sums.grad_weight2.data || sums.grad_bias2.data;
   }
 
-  const Call call;
+  Call call;
   MemoryFormat format;
   Tensor x;
   MaybeTensor x2;

@@ -18,12 +18,6 @@ int device_attribute(cudaDeviceAttr attribute);
 // More than any kernel here has of its own shared memory (docs/kernels.md), which counts with the dynamic one.
 constexpr int64_t kOwnShared = 16 * 1024;
 
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
-
-// The largest grid in x.
-inline unsigned grid_size(int64_t blocks) { return static_cast<unsigned>(std::clamp<int64_t>(blocks, 1, 0x7fffffff)); }
-
 // The widest access, in bytes, that runs of so many bytes and all pointers are aligned for.
 inline int access_bytes(int64_t run_bytes, std::initializer_list<const void*> pointers) {
   uintptr_t bits = static_cast<uintptr_t>(run_bytes);

@@ -21,11 +21,19 @@ enum { kMean, kScale, kBias, kMean2, kScale2 };
 template <typename T, int V, bool kRows, Second S>
 constexpr int unroll() {
   if (V == 1) return sizeof(T) == 8 ? 2 : 4;
-  return kRows && V == 8 && S != Second::kNone ? 1 : 2;
+  if (kRows && S == Second::kNone) return V > 2 ? 4 : 2;
+  return kRows && V == 8 && S == Second::kNormalized ? 1 : 2;
+}
+
+// Two accesses of eight values and more, which take a quarter of the registers.
+template <typename T, int V, bool kRows, Second S>
+constexpr bool holds_more() {
+  return kRows && V == 8 && unroll<T, V, kRows, S>() > 1;
 }
 
 template <typename T, int V, bool kRows, Second S>
-__global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_forward_kernel(const ForwardArguments a, const Walk w) {
+__global__ void RESNET_FUSED_LAUNCH_BOUNDS_OF((holds_more<T, V, kRows, S>()))
+    batch_norm_forward_kernel(const ForwardArguments a, const Walk w) {
   using C = Compute<T>;
   constexpr int K = S == Second::kNormalized ? 5 : 3;
   constexpr int U = unroll<T, V, kRows, S>();
@@ -44,12 +52,15 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_forward_kernel(const Forwa
   walk<kRows, C, K, V, U>(w, fill, [&](const Places<U>& p, const auto& constants_at) {
     Pack<T, V> x[U];
     [[maybe_unused]] Pack<T, V> r[U];
+    int64_t at[U];
 #pragma unroll
     for (int u = 0; u < U; ++u) {
-      if (!p.active[u]) continue;
-      x[u].load(a.first.input, p.at[u]);
-      if constexpr (S == Second::kTensor) r[u].load(a.residual, p.at[u]);
-      if constexpr (S == Second::kNormalized) r[u].load(a.second.input, p.at[u]);
+      // Without a branch, so that all loads are under way before the first value is needed. What is not active is not
+      // written.
+      at[u] = p.active[u] ? p.at[u] : 0;
+      x[u].load(a.first.input, at[u]);
+      if constexpr (S == Second::kTensor) r[u].load(a.residual, at[u]);
+      if constexpr (S == Second::kNormalized) r[u].load(a.second.input, at[u]);
     }
 #pragma unroll
     for (int u = 0; u < U; ++u) {
@@ -68,7 +79,7 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_forward_kernel(const Forwa
         v.v[i] = normalized(x[u][i], mean[i], scale[i], v[i]);
         if constexpr (S == Second::kTensor) v.v[i] += r[u][i];
       }
-      const auto y = put_output<T, V>(v, a.relu, a.output, p.at[u], p.active[u]);
+      const auto y = put_output<T, V>(v, a.relu, a.output, at[u], p.active[u]);
       if constexpr (S != Second::kNone) {
         if (a.mask != nullptr) put_mask(y, a.mask, p.byte[u], p.active[u], p.inside[u]);
       }

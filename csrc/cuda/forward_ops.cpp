@@ -14,23 +14,26 @@ namespace {
 
 // The statistics of one training input, and what they are made for.
 struct Trained {
-  Trained(const Call& call, const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias, double eps)
+  Trained(Call& call, const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias, double eps,
+          bool with_var)
       : mean(statistic(input)),
-        var(statistic(input)),
+        var(with_var ? MaybeTensor(statistic(input)) : std::nullopt),
         invstd(statistic(input)),
         branch(branch_of(input, weight, bias)) {
     take_invstd(branch, mean, invstd);
     statistics.input = branch.input;
     statistics.eps = eps;
     statistics.mean = mutable_data_of(mean);
-    statistics.var = mutable_data_of(var);
+    statistics.var = var ? mutable_data_of(*var) : nullptr;
     statistics.invstd = mutable_data_of(invstd);
     statistics.weight = branch.weight;
     statistics.bias = branch.bias;
     branch.table = statistics.table = call.new_table(input);
   }
 
-  Tensor mean, var, invstd;
+  Tensor mean;
+  MaybeTensor var;
+  Tensor invstd;
   Branch branch;
   StatisticsBranch statistics;
 };
@@ -67,19 +70,22 @@ struct Output {
   ForwardArguments arguments{};
 };
 
-// One branch in training; `running` is updated where there is one.
+// One branch in training; `running` is updated where there is one. A backward without a mask needs a copy of the bias,
+// `saved_bias`, which whoever trains on may step before it.
 std::tuple<Output, Trained> train(const char* name, const Tensor& input, const MaybeTensor& weight,
-                                  const MaybeTensor& bias, const MaybeTensor& residual, const Running& running,
-                                  double eps, bool relu, bool save_mask, std::optional<bool> channels_last) {
+                                  const MaybeTensor& bias, const MaybeTensor& residual, const Running* running,
+                                  double eps, bool relu, bool save_mask, std::optional<bool> channels_last,
+                                  const MaybeTensor& saved_bias = std::nullopt) {
   check_input(input);
   check_per_channel(weight, "weight", input);
   check_per_channel(bias, "bias", input);
   check_same(residual, "residual", input);
-  const Call call(name, input);
+  Call call(name, input);
   const MemoryFormat format = format_of(input, channels_last);
   const Tensor x = dense(input, format);
-  Trained trained(call, x, weight, bias, eps);
-  running.give_to(trained.statistics);
+  Trained trained(call, x, weight, bias, eps, running == nullptr);
+  if (running != nullptr) running->give_to(trained.statistics);
+  trained.statistics.saved_bias = output_of(saved_bias);
   Output out(x, format, residual, false, relu, save_mask);
   StatisticsArguments statistics{out.arguments.shape, trained.statistics, {}, 1};
   out.arguments.first = trained.branch;
@@ -94,9 +100,9 @@ std::tuple<Output, Trained> train(const char* name, const Tensor& input, const M
 }
 
 // Whether both branches update the same running statistics. Then one update must come after the other.
-bool share_memory(const StatisticsBranch& a, const StatisticsBranch& b) {
-  for (const void* of_a : {a.running_mean.data, a.running_var.data}) {
-    for (const void* of_b : {b.running_mean.data, b.running_var.data}) {
+bool share_memory(const Running& a, const Running& b) {
+  for (const void* of_a : {output_of(a.mean).data, output_of(a.var).data}) {
+    for (const void* of_b : {output_of(b.mean).data, output_of(b.var).data}) {
       if (of_a != nullptr && of_a == of_b) return true;
     }
   }
@@ -105,9 +111,9 @@ bool share_memory(const StatisticsBranch& a, const StatisticsBranch& b) {
 
 // The same for two branches.
 std::tuple<Output, Trained, Trained> train_dual(const char* name, const Tensor& input, const MaybeTensor& weight,
-                                                const MaybeTensor& bias, const Running& running, const Tensor& input2,
+                                                const MaybeTensor& bias, const Running* running, const Tensor& input2,
                                                 const MaybeTensor& weight2, const MaybeTensor& bias2,
-                                                const Running& running2, double eps, double eps2, bool relu,
+                                                const Running* running2, double eps, double eps2, bool relu,
                                                 bool save_mask, std::optional<bool> channels_last) {
   check_input(input);
   check_per_channel(weight, "weight", input);
@@ -115,20 +121,23 @@ std::tuple<Output, Trained, Trained> train_dual(const char* name, const Tensor& 
   check_same(input2, "input2", input);
   check_per_channel(weight2, "weight2", input);
   check_per_channel(bias2, "bias2", input);
-  const Call call(name, input);
+  Call call(name, input);
   const MemoryFormat format = format_of(input, channels_last);
   const Tensor x = dense(input, format), x2 = dense(input2, format);
-  Trained first(call, x, weight, bias, eps), second(call, x2, weight2, bias2, eps2);
-  running.give_to(first.statistics);
-  running2.give_to(second.statistics);
+  const bool shared = running != nullptr && share_memory(*running, *running2);
+  const bool with_var = running == nullptr || shared;
+  Trained first(call, x, weight, bias, eps, with_var), second(call, x2, weight2, bias2, eps2, with_var);
+  if (running != nullptr) {
+    running->give_to(first.statistics);
+    running2->give_to(second.statistics);
+  }
   Output out(x, format, std::nullopt, true, relu, save_mask);
   StatisticsArguments statistics{out.arguments.shape, first.statistics, second.statistics, 2};
-  const bool shared = share_memory(statistics.first, statistics.second);
   if (shared) statistics.second.running_mean = statistics.second.running_var = {};
   call.check(launch_statistics(dtype_of(x), statistics, call.launch()));
   if (shared) {
     const StatisticsBranch& b = second.statistics;
-    call.check(launch_running_stats({b.running_mean, b.running_var, values(second.mean), values(second.var), x.size(1),
+    call.check(launch_running_stats({b.running_mean, b.running_var, values(second.mean), values(*second.var), x.size(1),
                                      out.arguments.shape.count(), b.momentum},
                                     call.launch()));
   }
@@ -159,29 +168,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_add_relu_train(
     const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& residual, double eps,
     bool relu, bool save_mask, std::optional<bool> channels_last) {
   const auto [out, branch] =
-      train("batch_norm_add_relu_train", input, weight, bias, residual, {}, eps, relu, save_mask, channels_last);
-  return {out.output, branch.mean, branch.var, branch.invstd, out.mask};
+      train("batch_norm_add_relu_train", input, weight, bias, residual, nullptr, eps, relu, save_mask, channels_last);
+  return {out.output, branch.mean, *branch.var, branch.invstd, out.mask};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_add_relu_train_with_update(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_add_relu_train_with_update(
     const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& residual,
     const MaybeTensor& running_mean, const MaybeTensor& running_var, double momentum, double eps, bool relu,
     bool save_mask) {
   check_input(input);
   check_update(input, weight, bias, running_mean, running_var, "running_mean", "running_var");
   check_count(input);
-  const auto [out, branch] = train("batch_norm_add_relu_train_with_update", input, weight, bias, residual,
-                                   {running_mean, running_var, momentum}, eps, relu, save_mask, std::nullopt);
-  return {out.output, branch.mean, branch.invstd, out.mask};
+  const bool save_bias = bias && save_mask && !(relu && residual);
+  const ScalarType dtype = bias ? bias->scalar_type() : statistics_dtype(input.scalar_type());
+  const Tensor saved_bias = save_bias ? empty(input, {input.size(1)}, dtype) : nothing(input, dtype);
+  const Running running{running_mean, running_var, momentum};
+  const auto [out, branch] =
+      train("batch_norm_add_relu_train_with_update", input, weight, bias, residual, &running, eps, relu, save_mask,
+            std::nullopt, save_bias ? MaybeTensor(saved_bias) : std::nullopt);
+  return {out.output, branch.mean, branch.invstd, saved_bias, out.mask};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_batch_norm_add_relu_train(
     const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias, const Tensor& input2,
     const MaybeTensor& weight2, const MaybeTensor& bias2, double eps, double eps2, bool relu, bool save_mask,
     std::optional<bool> channels_last) {
-  const auto [out, first, second] = train_dual("dual_batch_norm_add_relu_train", input, weight, bias, {}, input2,
-                                               weight2, bias2, {}, eps, eps2, relu, save_mask, channels_last);
-  return {out.output, first.mean, first.var, first.invstd, second.mean, second.var, second.invstd, out.mask};
+  const auto [out, first, second] = train_dual("dual_batch_norm_add_relu_train", input, weight, bias, nullptr, input2,
+                                               weight2, bias2, nullptr, eps, eps2, relu, save_mask, channels_last);
+  return {out.output, first.mean, *first.var, first.invstd, second.mean, *second.var, second.invstd, out.mask};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_batch_norm_add_relu_train_with_update(
@@ -193,9 +207,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_batch_norm_add_r
   check_update(input, weight, bias, running_mean, running_var, "running_mean", "running_var");
   check_update(input, weight2, bias2, running_mean2, running_var2, "running_mean2", "running_var2");
   check_count(input);
-  const auto [out, first, second] = train_dual(
-      "dual_batch_norm_add_relu_train_with_update", input, weight, bias, {running_mean, running_var, momentum}, input2,
-      weight2, bias2, {running_mean2, running_var2, momentum2}, eps, eps2, relu, save_mask, std::nullopt);
+  const Running running{running_mean, running_var, momentum}, running2{running_mean2, running_var2, momentum2};
+  const auto [out, first, second] =
+      train_dual("dual_batch_norm_add_relu_train_with_update", input, weight, bias, &running, input2, weight2, bias2,
+                 &running2, eps, eps2, relu, save_mask, std::nullopt);
   return {out.output, first.mean, first.invstd, second.mean, second.invstd, out.mask};
 }
 

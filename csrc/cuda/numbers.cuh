@@ -201,8 +201,8 @@ __device__ __forceinline__ C invstd_of(const Branch& branch, int64_t channel) {
   return branch.spread_is_var ? scale_of_var(C(1), spread, branch.eps) : spread;
 }
 
-// Half of the threads that an SM can hold are to be resident, whatever the kernel.
-constexpr int kThreads = 256;
+// Half of the threads that an SM can hold are to be resident, or fewer, of kernels that hold so much more in registers that the
+// bytes under way, which the memory's latency is hidden by, are more all the same.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 750
 #define RESNET_FUSED_MIN_BLOCKS 2
 #elif defined(__CUDA_ARCH__) &&                                                                                        \
@@ -212,6 +212,8 @@ constexpr int kThreads = 256;
 #define RESNET_FUSED_MIN_BLOCKS 4
 #endif
 #define RESNET_FUSED_LAUNCH_BOUNDS __launch_bounds__(kThreads, RESNET_FUSED_MIN_BLOCKS)
+#define RESNET_FUSED_LAUNCH_BOUNDS_OF(holds_more)                                                                      \
+  __launch_bounds__(kThreads, (holds_more) && RESNET_FUSED_MIN_BLOCKS > 3 ? 3 : RESNET_FUSED_MIN_BLOCKS)
 
 // Calls f.operator()<T>() for the dtype.
 template <typename F>

@@ -58,18 +58,17 @@ inline bool launch_cooperative(const void* kernel, const SumsPlan& plan, void** 
 
 // The plan for a kernel that keeps `packs` accesses of 16 bytes for each place: with as many blocks to an SM as hold
 // the tensor.
-inline OnChip plan_on_chip(const Shape& shape, int sums, int v, int unroll, int group, int packs, const void* kernel) {
+inline OnChip plan_on_chip(const Shape& shape, int sums, int v, int unroll, int packs, const void* kernel) {
   const int64_t processors = device_attribute(cudaDevAttrMultiProcessorCount);
   const int64_t most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   if (!device_attribute(cudaDevAttrCooperativeLaunch)) return {};
   for (int64_t per_processor = 4; per_processor > 0; --per_processor) {
     const int64_t blocks = per_processor * processors;
-    SumsPlan plan = plan_sums(shape, sums, v, unroll, group, 1, true, [&](int, int64_t) { return blocks; });
+    SumsPlan plan = plan_sums(shape, sums, v, unroll, 1, true, [&](int, int64_t) { return blocks; });
     const SumsWalk& w = plan.walk;
     plan.grid = grid_size(std::min(w.items, blocks));
     if (shape.rows && w.items > blocks) continue;
-    const int64_t places =
-        divide_up(w.chunks, w.splits) * (shape.rows ? group : unroll * divide_up(w.items, plan.grid));
+    const int64_t places = unroll * divide_up(w.chunks, w.splits) * (shape.rows ? 1 : divide_up(w.items, plan.grid));
     plan.shared_bytes += places * packs * plan.block * 16;
     if (plan.shared_bytes + kOwnShared > most) continue;
     int64_t resident = 0;

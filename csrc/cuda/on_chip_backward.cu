@@ -6,7 +6,7 @@
 // constants of the second pass before it comes to the grid's barrier, which makes them visible to all others.
 #include <cooperative_groups.h>
 
-#include <tuple>
+#include <utility>
 
 #include "cuda/on_chip.cuh"
 #include "cuda/reduce.cuh"
@@ -117,13 +117,9 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_on_chip_backward_rows_kern
   const RowConstants<C, kConstants, V> slopes{constants, own.row < w.tile_rows ? own.column : 0, w.tile_slots};
 #pragma unroll 1
   for (int chunk = own.split; chunk < static_cast<int>(w.chunks); chunk += static_cast<int>(w.splits)) {
-    int64_t row = first_row<T>(w, own, chunk);
-#pragma unroll 1
-    for (int g = 0; g < kGroup<T>; ++g) {
-      Place p[1];
-      places_of_rows<V>(w, slot, has_values, row, p);
-      apply<T, V>(a.gradient, p[0], stash, slopes);
-    }
+    Place p[U];
+    places_of_rows<V>(w, slot, has_values, chunk, own.row, p);
+    apply<T, V>(a.gradient, p[0], stash, slopes);
   }
 }
 
@@ -137,20 +133,20 @@ bool launch_on_chip_backward(Dtype dtype, const ReduceArguments& reduce, const L
                    {g.first.input, g.grad_output, g.grad_output2, g.grad_input, g.grad_residual}) != 16) {
     return false;
   }
-  const auto [kernel, v, group] = dispatch(dtype, [&]<typename T>() -> std::tuple<Kernel*, int, int> {
+  const auto [kernel, v] = dispatch(dtype, [&]<typename T>() -> std::pair<Kernel*, int> {
     if constexpr (sizeof(T) == 8) {
-      return {nullptr, 1, 1};
+      return {nullptr, 1};
     } else {
       constexpr int V = 16 / sizeof(T);
       return {
           shape.rows ? batch_norm_on_chip_backward_rows_kernel<T, V> : batch_norm_on_chip_backward_planes_kernel<T, V>,
-          V, kGroup<T>};
+          V};
     }
   });
-  OnChip on_chip = plan_on_chip(shape, kSums, v, 1, group, 2, address_of(kernel));
+  OnChip on_chip = plan_on_chip(shape, kSums, v, 1, 2, address_of(kernel));
   if (!on_chip.fits) return false;
   SumsPlan& plan = on_chip.plan;
-  error = allocate_scratch(plan, 1, launch);
+  error = prepare_meeting(plan, 1, launch);
   if (error != cudaSuccess) return true;
   void* arguments[] = {const_cast<ReduceArguments*>(&reduce), &plan.walk};
   return launch_cooperative(address_of(kernel), plan, arguments, launch, error);

@@ -6,7 +6,7 @@
 // statistics before it comes to the grid's barrier, which makes them visible to all others.
 #include <cooperative_groups.h>
 
-#include <tuple>
+#include <utility>
 
 #include "cuda/on_chip.cuh"
 #include "cuda/output.cuh"
@@ -113,13 +113,10 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_on_chip_forward_rows_kerne
   }
 #pragma unroll 1
   for (int chunk = own.split; chunk < static_cast<int>(w.chunks); chunk += static_cast<int>(w.splits)) {
-    int64_t row = first_row<T>(w, own, chunk);
-#pragma unroll 1
-    for (int g = 0; g < kGroup<T>; ++g) {
-      Place p[1];
-      places_of_rows<V>(w, slot, has_values, row, p);
-      normalize<T, V>(a, p[0], stash.take(), constants);
-    }
+    Place p[U];
+    places_of_rows<V>(w, slot, has_values, chunk, own.row, p);
+#pragma unroll
+    for (int u = 0; u < U; ++u) normalize<T, V>(a, p[u], stash.take(), constants);
   }
 }
 
@@ -133,20 +130,20 @@ bool launch_on_chip_forward(Dtype dtype, const StatisticsArguments& statistics, 
   if (access_bytes(shape.inner() * size_of(dtype), {forward.first.input, forward.residual, forward.output}) != 16) {
     return false;
   }
-  const auto [kernel, v, group] = dispatch(dtype, [&]<typename T>() -> std::tuple<Kernel*, int, int> {
+  const auto [kernel, v] = dispatch(dtype, [&]<typename T>() -> std::pair<Kernel*, int> {
     if constexpr (sizeof(T) == 8) {
-      return {nullptr, 1, 1};
+      return {nullptr, 1};
     } else {
       constexpr int V = 16 / sizeof(T);
       return {
-          shape.rows ? batch_norm_on_chip_forward_rows_kernel<T, V> : batch_norm_on_chip_forward_planes_kernel<T, V>, V,
-          kGroup<T>};
+          shape.rows ? batch_norm_on_chip_forward_rows_kernel<T, V> : batch_norm_on_chip_forward_planes_kernel<T, V>,
+          V};
     }
   });
-  OnChip on_chip = plan_on_chip(shape, kSums, v, 2, group, 1, address_of(kernel));
+  OnChip on_chip = plan_on_chip(shape, kSums, v, 2, 1, address_of(kernel));
   if (!on_chip.fits) return false;
   SumsPlan& plan = on_chip.plan;
-  error = allocate_scratch(plan, 1, launch);
+  error = prepare_meeting(plan, 1, launch);
   if (error != cudaSuccess) return true;
   void* arguments[] = {const_cast<StatisticsArguments*>(&statistics), const_cast<ForwardArguments*>(&forward),
                        &plan.walk};

@@ -17,7 +17,7 @@ using namespace reduction;
 template <typename T, int V, bool kTwo, bool kAdded>
 __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_reduce_planes_kernel(const ReduceArguments a, const SumsWalk w) {
   using C = Compute<T>;
-  constexpr int U = unroll<T, V, kTwo>(), K = kTwo ? 3 : 2;
+  constexpr int U = unroll<T, V, kTwo, kAdded>(), K = kTwo ? 3 : 2;
   __shared__ C constants[kConstants];
   sum_planes<T, K, V, U, kCompensated<T>>(
       w,
@@ -35,10 +35,17 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_reduce_planes_kernel(const
       });
 }
 
+// Two accesses of eight values and more, which take a quarter of the registers.
 template <typename T, int V, bool kTwo, bool kAdded>
-__global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_reduce_rows_kernel(const ReduceArguments a, const SumsWalk w) {
+constexpr bool holds_more() {
+  return V == 8 && unroll<T, V, kTwo, kAdded>() > 1;
+}
+
+template <typename T, int V, bool kTwo, bool kAdded>
+__global__ void RESNET_FUSED_LAUNCH_BOUNDS_OF((holds_more<T, V, kTwo, kAdded>()))
+    batch_norm_reduce_rows_kernel(const ReduceArguments a, const SumsWalk w) {
   using C = Compute<T>;
-  constexpr int U = unroll<T, V, kTwo>(), K = kTwo ? 3 : 2;
+  constexpr int U = unroll<T, V, kTwo, kAdded>(), K = kTwo ? 3 : 2;
   __shared__ __align__(16) C constants[kConstants][kTileChannels];
   sum_rows<T, K, V, U, kCompensated<T>>(
       w,
@@ -59,7 +66,7 @@ struct Choice {
 
 template <typename T, int V, bool kTwo, bool kAdded>
 Choice choose(bool rows) {
-  constexpr int U = unroll<T, V, kTwo>();
+  constexpr int U = unroll<T, V, kTwo, kAdded>();
   if (rows) return {batch_norm_reduce_rows_kernel<T, V, kTwo, kAdded>, V, U};
   return {batch_norm_reduce_planes_kernel<T, V, kTwo, kAdded>, V, U};
 }
@@ -67,7 +74,8 @@ Choice choose(bool rows) {
 template <typename T, bool kTwo>
 Choice choose(int bytes, bool rows, bool added) {
   constexpr int V = 16 / sizeof(T);
-  if (bytes == 16) return choose<T, V, kTwo, true>(rows);
+  if (bytes == 16)
+    return added || kTwo || sizeof(T) != 2 ? choose<T, V, kTwo, true>(rows) : choose<T, V, kTwo, false>(rows);
   if constexpr (sizeof(T) == 2) {
     if (bytes == 8 && !rows) return {batch_norm_reduce_planes_kernel<T, 4, kTwo, true>, 4, 1};
   }
@@ -87,10 +95,9 @@ cudaError_t launch_reduce(Dtype dtype, const ReduceArguments& arguments, const L
     return g.two ? choose<T, true>(bytes, shape.rows, added) : choose<T, false>(bytes, shape.rows, added);
   });
   const int sums = g.two ? 3 : 2;
-  const int group = size_of(dtype) == 2 ? 8 : 4;
   SumsPlan plan;
-  cudaError_t error = plan_sums(plan, shape, sums, choice.v, choice.unroll, group, 1, address_of(choice.kernel));
-  if (error == cudaSuccess) error = allocate_scratch(plan, 1, launch);
+  cudaError_t error = plan_sums(plan, shape, sums, choice.v, choice.unroll, 1, address_of(choice.kernel));
+  if (error == cudaSuccess) error = prepare_meeting(plan, 1, launch);
   if (error != cudaSuccess) return error;
   choice.kernel<<<plan.grid, plan.block, static_cast<size_t>(plan.shared_bytes), launch.stream>>>(arguments, plan.walk);
   return cudaGetLastError();

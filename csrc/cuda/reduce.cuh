@@ -73,6 +73,14 @@ __device__ __forceinline__ Values<C, V> all(C value) {
   return r;
 }
 
+// In registers that are free again at once.
+template <typename T, int V>
+__device__ __forceinline__ void add_second(const Gradient& g, const Place& p, Pack<T, V>& grad) {
+  Pack<T, V> second;
+  second.load(g.grad_output2, p.at);
+  grad.add(second);
+}
+
 // Adds to the groups of terms what U accesses are worth; `constants.get<k>()` gives V values, and taken(u, gradient
 // behind the ReLU, input) gets every pack.
 template <typename T, int V, int U, bool kTwo, bool kAdded, typename Constants, typename Terms, typename Taken>
@@ -99,10 +107,12 @@ __device__ __forceinline__ void terms_of(const ReduceArguments& a, const Place (
         if (a.read_input2) x2[u].load(g.second.input, p[u].at);
       }
       if (g.keep == KeepFrom::kMask) bits[u] = g.mask[p[u].byte] >> p[u].bit;
-      if (kAdded && (kNarrow || g.grad_output2 != nullptr)) {
-        Pack<T, V> second;  // in registers that are free again at once
-        second.load(g.grad_output2, p[u].at);
-        grad[u].add(second);
+      if constexpr (kAdded && kNarrow) add_second(g, p[u], grad[u]);
+    }
+    if (kAdded && !kNarrow && g.grad_output2 != nullptr) {  // behind all other loads
+#pragma unroll
+      for (int u = from; u < from + W; ++u) {
+        if (p[u].active) add_second(g, p[u], grad[u]);
       }
     }
 #pragma unroll
@@ -163,9 +173,9 @@ __device__ __forceinline__ void tile_constants(const Gradient& g, int tile_slots
 }
 
 // Accesses that a thread has under way at once, as far as registers go.
-template <typename T, int V, bool kTwo>
+template <typename T, int V, bool kTwo, bool kAdded>
 constexpr int unroll() {
-  if (V > 1) return 1;
+  if (V > 1) return kTwo || kAdded || sizeof(T) != 2 ? 1 : 2;
   return kTwo || sizeof(T) == 8 ? 2 : 4;
 }
 

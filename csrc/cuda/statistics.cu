@@ -36,6 +36,7 @@ __device__ __forceinline__ StatisticsBranch branch_of(const StatisticsArguments&
           pick(f.momentum, s.momentum),
           pick_vector(f.weight, s.weight),
           pick_vector(f.bias, s.bias),
+          pick_vector(f.saved_bias, s.saved_bias),
           pick(f.table, s.table)};
 }
 
@@ -102,8 +103,8 @@ struct Choice {
 template <typename T>
 Choice choose(int bytes, bool rows) {
   constexpr int V = 16 / sizeof(T);
-  if (rows && bytes == 16) return {batch_norm_statistics_rows_kernel<T, V>, V, 1};
-  if (rows) return {batch_norm_statistics_rows_kernel<T, 1>, 1, 1};
+  if (rows && bytes == 16) return {batch_norm_statistics_rows_kernel<T, V>, V, statistics::kRowUnroll<T, V>};
+  if (rows) return {batch_norm_statistics_rows_kernel<T, 1>, 1, statistics::kRowUnroll<T, 1>};
   if (bytes == 16) return {batch_norm_statistics_planes_kernel<T, V>, V, statistics::kUnroll<V>};
   if constexpr (sizeof(T) == 2) {
     if (bytes == 8) return {batch_norm_statistics_planes_kernel<T, 4>, 4, statistics::kUnroll<4>};
@@ -118,11 +119,10 @@ cudaError_t launch_statistics(Dtype dtype, const StatisticsArguments& arguments,
   if (shape.channels == 0) return cudaSuccess;
   const int bytes = access_bytes(shape.inner() * size_of(dtype), {arguments.first.input, arguments.second.input});
   const Choice choice = dispatch(dtype, [&]<typename T>() { return choose<T>(bytes, shape.rows); });
-  const int group = size_of(dtype) == 2 ? 8 : 4;
   SumsPlan plan;
   cudaError_t error =
-      plan_sums(plan, shape, kSums, choice.v, choice.unroll, group, arguments.branches, address_of(choice.kernel));
-  if (error == cudaSuccess) error = allocate_scratch(plan, arguments.branches, launch);
+      plan_sums(plan, shape, kSums, choice.v, choice.unroll, arguments.branches, address_of(choice.kernel));
+  if (error == cudaSuccess) error = prepare_meeting(plan, arguments.branches, launch);
   if (error != cudaSuccess) return error;
   const dim3 grid(plan.grid, static_cast<unsigned>(arguments.branches));
   choice.kernel<<<grid, plan.block, static_cast<size_t>(plan.shared_bytes), launch.stream>>>(arguments, plan.walk);

@@ -52,11 +52,12 @@ __device__ __forceinline__ void finish_channel(const StatisticsBranch& b, const 
   const int64_t count = shape.count();
   const Statistics<C> s = statistics_of(shift, sum, square, count, b.eps);
   static_cast<C*>(b.mean)[channel] = s.mean;
-  static_cast<C*>(b.var)[channel] = s.var;
+  if (b.var != nullptr) static_cast<C*>(b.var)[channel] = s.var;
   if (b.invstd != nullptr) static_cast<C*>(b.invstd)[channel] = s.invstd;
   if (b.table != nullptr) {
     const C weight = value_of(b.weight, channel, C(1)), bias = value_of(b.bias, channel, C(0));
     static_cast<TableEntry<C>*>(b.table)[channel] = {{s.mean, weight * s.invstd, bias, C(0)}};
+    set_value(b.saved_bias, channel, bias);
   }
   if (count == 0) return;  // torch leaves the running statistics alone where the batch is empty
   if (b.running_mean.data != nullptr) {

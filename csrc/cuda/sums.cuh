@@ -2,7 +2,7 @@
 //
 // A thread adds the terms of a group in the arithmetic's type and the group to a double, so that a GPU with little
 // double arithmetic keeps up with its memory. Threads and blocks are put together in double. Where several blocks share
-// a channel, each writes its sums to scratch memory and counts itself in; the last one to arrive adds them up.
+// a channel, each writes its sums to memory that they share and counts itself in; the last one to arrive adds them up.
 #pragma once
 
 #include "cuda/device.h"
@@ -66,25 +66,6 @@ struct Group {
   static __device__ __forceinline__ double mul_rn(double a, double b) { return __dmul_rn(a, b); }
 };
 
-struct SumsWalk {
-  int64_t outer;  // planes: N; rows: the rows
-  int64_t slots;  // accesses of a plane or of a row
-  int64_t inner;  // values of a plane or of a row
-  int64_t channels;
-  int64_t mask_bytes;
-  int64_t chunks;
-  int64_t splits;                      // blocks that share a channel or a tile of channels
-  int64_t items;                       // channels or tiles, times splits
-  int64_t tiles;                       // rows
-  int64_t groups, group_splits;        // rows: the splits, counted in groups first
-  int64_t thread_outer, thread_slots;  // planes: from a thread's place in a chunk to its next
-  int64_t chunk_outer, chunk_slots;    // and from its chunk to its next
-  int32_t tile_slots, tile_rows;       // rows
-  double* partials;
-  unsigned* arrived;
-  int64_t branch_partials, branch_counters;  // from one branch's to the next one's
-};
-
 // The place of one access.
 struct Place {
   int64_t at;
@@ -142,14 +123,17 @@ __device__ __forceinline__ void sum_over_block(double (&v)[K]) {
   __syncthreads();  // of_warp is free again
 }
 
-// Counts this block in; true in the last of `splits`. What the block wrote to global memory before is then visible to
+// Counts this block in; true in the last of `splits`, behind which the counter is zero again. What the block wrote to global memory before is then visible to
 // the last one: each thread's fence puts its own writes before the barrier, the barrier before the count of thread 0;
 // the fence behind the count keeps the reads that follow from being served by what an L1 or a register held before.
 __device__ __forceinline__ bool is_last_block(unsigned* arrived, int64_t splits) {
   __shared__ bool last;
   __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd(arrived, 1u) == static_cast<unsigned>(splits - 1);
+  if (threadIdx.x == 0) {
+    const unsigned of_last = static_cast<unsigned>(splits - 1);
+    last = atomicInc(arrived, of_last) == of_last;
+  }
   __syncthreads();
   const bool result = last;
   __threadfence();
@@ -336,20 +320,13 @@ __device__ __forceinline__ bool merge_tile(const SumsWalk& w, const ThreadSums<K
   return true;
 }
 
-// The first row of a thread's group in a chunk.
-template <typename T>
-__device__ __forceinline__ int64_t first_row(const SumsWalk& w, const RowsOwner& own, int chunk) {
-  return int64_t{chunk} * kGroup<T> * w.tile_rows + own.row;
-}
-
-// The places of the thread's next U rows, from `row` on, which moves on.
+// The places of a thread in a chunk of U rows each.
 template <int V, int U>
-__device__ __forceinline__ void places_of_rows(const SumsWalk& w, int64_t slot, bool has_values, int64_t& row,
+__device__ __forceinline__ void places_of_rows(const SumsWalk& w, int64_t slot, bool has_values, int chunk, int row,
                                                Place (&p)[U]) {
 #pragma unroll
   for (int u = 0; u < U; ++u) {
-    const int64_t r = row;
-    row += w.tile_rows;
+    const int64_t r = int64_t{chunk} * (U * w.tile_rows) + (u * w.tile_rows + row);
     p[u].active = has_values && r < w.outer;
     p[u].at = r * w.inner + slot * V;
     // Rows of eight whole values are of whole bytes: one product less to keep.
@@ -358,7 +335,7 @@ __device__ __forceinline__ void places_of_rows(const SumsWalk& w, int64_t slot, 
   }
 }
 
-// Rows: see RowsOwner. A thread adds a group of rows at a time.
+// Rows: see RowsOwner. A thread adds a group of rows, of one chunk or several, at a time.
 //   begin(first channel, count): the block prepares constants of the tile
 //   terms(places, column, groups): adds the terms of U rows
 //   finish(channel, sums): of the last block, one thread a channel
@@ -379,16 +356,18 @@ __device__ __forceinline__ void sum_rows(const SumsWalk& w, const Begin& begin, 
     __syncthreads();
     const int64_t slot = own.slot(w);
     const bool has_values = own.has_values(w);
+    const int chunks = static_cast<int>(w.chunks), splits = static_cast<int>(w.splits);
+    int chunk = own.split;
 #pragma unroll 1
-    for (int chunk = own.split; chunk < static_cast<int>(w.chunks); chunk += static_cast<int>(w.splits)) {
+    while (chunk < chunks) {
       RowGroups<T, K, V, kCompensated> groups;
-      int64_t row = first_row<T>(w, own, chunk);
-      // Where one row fills the registers, the loop must not be unrolled either.
-#pragma unroll(U == 1 ? 1 : 2)
-      for (int g = 0; g < kRows; g += U) {
+      // Where one row or two fill the registers, the loop must not be unrolled either.
+#pragma unroll(U < 4 ? 1 : 2)
+      for (int g = 0; g < kRows && chunk < chunks; g += U) {
         Place p[U];
-        places_of_rows<V>(w, slot, has_values, row, p);
+        places_of_rows<V>(w, slot, has_values, chunk, own.row, p);
         terms(p, own.column, groups);
+        chunk += splits;
       }
 #pragma unroll
       for (int k = 0; k < K; ++k) {
@@ -409,81 +388,10 @@ __device__ __forceinline__ void sum_rows(const SumsWalk& w, const Begin& begin, 
   }
 }
 
-struct SumsPlan {
-  SumsWalk walk;
-  unsigned grid;
-  unsigned block;
-  int64_t shared_bytes;
-  int64_t partial_doubles, counters;  // of one branch
-};
-
-// Enough blocks to fill the device, resident(threads, shared bytes), each with a chunk or more to do.
-template <typename Resident>
-SumsPlan plan_sums(const Shape& shape, int sums, int v, int unroll, int group, int branches, bool on_chip,
-                   const Resident& resident) {
-  SumsPlan plan{};
-  SumsWalk& w = plan.walk;
-  w.inner = shape.inner();
-  w.channels = shape.channels;
-  w.mask_bytes = shape.mask_bytes();
-  w.slots = std::max<int64_t>(divide_up(w.inner, v), 1);
-  int64_t groups = 0;
-  if (shape.rows) {
-    w.outer = shape.runs();
-    // Tiles of whole sectors and more, but narrow, so that a block sees many rows: what it writes for its channels is
-    // then little.
-    w.tiles = divide_up(w.slots, v > 1 ? 8 : 128);
-    // Whole bytes of the mask, for who writes one.
-    w.tile_slots = static_cast<int32_t>(round_up(divide_up(w.slots, w.tiles), v > 1 ? 8 / v : 1));
-    w.tiles = divide_up(w.slots, w.tile_slots);
-    w.tile_rows = kThreads / w.tile_slots;
-    w.chunks = divide_up(w.outer, int64_t{group} * w.tile_rows);
-    plan.block = kThreads;
-    plan.shared_bytes = int64_t{sums} * v * kThreads * static_cast<int64_t>(sizeof(double));
-    groups = w.tiles;
-  } else {
-    w.outer = shape.numel() == 0 ? 0 : shape.batch;
-    const int64_t accesses = w.outer * w.slots;
-    plan.block = static_cast<unsigned>(std::clamp<int64_t>(round_up(divide_up(accesses, unroll), 32), 32, kThreads));
-    const int64_t chunk = int64_t{unroll} * plan.block;
-    w.chunks = divide_up(accesses, chunk);
-    groups = w.channels;
-  }
-  const int64_t blocks = resident(static_cast<int>(plan.block), plan.shared_bytes);
-  // Sums that blocks hand to each other are traffic too: of many chunks a block has two, unless it keeps them on chip.
-  const int64_t least = on_chip || w.chunks < 128 ? 1 : 2;
-  w.splits =
-      std::clamp<int64_t>(blocks / std::max<int64_t>(groups * branches, 1), 1, std::max<int64_t>(w.chunks / least, 1));
-  w.items = groups * w.splits;
-  constexpr int64_t kFew = 32;
-  w.group_splits = w.splits <= kFew ? w.splits : kFew;
-  w.groups = divide_up(w.splits, w.group_splits);
-  plan.grid = grid_size(w.items);
-  if (!shape.rows) {
-    const int64_t chunk = int64_t{unroll} * plan.block * w.splits;
-    w.thread_outer = plan.block / w.slots;
-    w.thread_slots = plan.block % w.slots;
-    w.chunk_outer = chunk / w.slots;
-    w.chunk_slots = chunk % w.slots;
-  }
-  if (w.splits > 1) {
-    if (shape.rows) {
-      plan.partial_doubles = w.tiles * (w.splits + w.groups) * sums * w.tile_slots * v;
-      plan.counters = w.tiles * (w.groups + 1);
-    } else {
-      plan.partial_doubles = w.items * sums;
-      plan.counters = groups;
-    }
-    w.branch_partials = plan.partial_doubles;
-    w.branch_counters = plan.counters;
-  }
-  return plan;
-}
-
-inline cudaError_t plan_sums(SumsPlan& plan, const Shape& shape, int sums, int v, int unroll, int group, int branches,
+inline cudaError_t plan_sums(SumsPlan& plan, const Shape& shape, int sums, int v, int unroll, int branches,
                              const void* kernel) {
   cudaError_t error = cudaSuccess;
-  plan = plan_sums(shape, sums, v, unroll, group, branches, false, [&](int threads, int64_t shared_bytes) {
+  plan = plan_sums(shape, sums, v, unroll, branches, false, [&](int threads, int64_t shared_bytes) {
     int64_t blocks = 1;
     error = resident_blocks(kernel, threads, shared_bytes, blocks);
     return blocks;
@@ -491,15 +399,15 @@ inline cudaError_t plan_sums(SumsPlan& plan, const Shape& shape, int sums, int v
   return error;
 }
 
-// Scratch memory for blocks that share a channel: their sums, and counters that begin at zero.
-inline cudaError_t allocate_scratch(SumsPlan& plan, int branches, const Launch& launch) {
+// Memory for blocks that share a channel.
+inline cudaError_t prepare_meeting(SumsPlan& plan, int branches, const Launch& launch) {
   if (plan.counters == 0) return cudaSuccess;
-  const int64_t sums = plan.partial_doubles * branches * static_cast<int64_t>(sizeof(double));
-  const int64_t counters = plan.counters * branches * static_cast<int64_t>(sizeof(unsigned));
-  char* scratch = static_cast<char*>(launch.allocate(sums + counters));
-  plan.walk.partials = reinterpret_cast<double*>(scratch);
-  plan.walk.arrived = reinterpret_cast<unsigned*>(scratch + sums);
-  return cudaMemsetAsync(plan.walk.arrived, 0, static_cast<size_t>(counters), launch.stream);
+  Meeting meeting;
+  const cudaError_t error = launch.meet(plan.partial_doubles * branches * static_cast<int64_t>(sizeof(double)),
+                                        plan.counters * branches, meeting);
+  plan.walk.partials = static_cast<double*>(meeting.partials);
+  plan.walk.arrived = meeting.counters;
+  return error;
 }
 
 }  // namespace resnet_fused::cuda

@@ -1,7 +1,15 @@
 #include "cuda/tensors.h"
 
+#include "cuda/meeting.h"
+
+#include <atomic>
 #include <cstdlib>
 #include <string_view>
+
+// Whether torch.distributed is initialized: library.py of the package says so.
+extern "C" {
+__attribute__((visibility("default"))) std::atomic<int> resnet_fused_distributed = 0;
+}
 
 namespace resnet_fused::cuda {
 
@@ -73,7 +81,10 @@ ChannelOutput output_of(const Tensor& vector) { return {mutable_data_of(vector),
 
 bool on_chip_wanted() {
   const char* asked = std::getenv("RESNET_FUSED_ON_CHIP");
-  return asked == nullptr || std::string_view(asked) != "0";
+  const std::string_view choice(asked == nullptr ? "auto" : asked);
+  if (choice == "auto") return resnet_fused_distributed == 0;
+  STD_TORCH_CHECK(choice == "0" || choice == "1", "RESNET_FUSED_ON_CHIP must be 0, 1 or auto, got ", asked);
+  return choice == "1";
 }
 
 Branch branch_of(const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias) {
@@ -88,16 +99,17 @@ Call::Call(const char* name, const Tensor& input) : name_(name), input_(input), 
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(input.get_device_index(), &stream));
   launch_.stream = static_cast<cudaStream_t>(stream);
-  launch_.allocate = [this](int64_t bytes) {
-    scratch_.push_back(empty(input_, {bytes}, ScalarType::Byte));
-    return mutable_data_of(scratch_.back());
+  launch_.meet = [this](int64_t partial_bytes, int64_t counters, Meeting& meeting) {
+    scratch_.emplace_back();
+    return meeting_of(input_, launch_.stream, partial_bytes, counters, scratch_.back(), meeting);
   };
 }
 
-void* Call::new_table(const Tensor& input) const {
+void* Call::new_table(const Tensor& input) {
   const bool wide = input.scalar_type() == ScalarType::Double;
   const size_t entry = wide ? sizeof(TableEntry<double>) : sizeof(TableEntry<float>);
-  return launch_.allocate(input.size(1) * static_cast<int64_t>(entry));
+  scratch_.push_back(empty(input, {input.size(1) * static_cast<int64_t>(entry)}, ScalarType::Byte));
+  return mutable_data_of(scratch_.back());
 }
 
 void Call::check(cudaError_t error) const {

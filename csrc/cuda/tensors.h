@@ -57,9 +57,9 @@ inline ChannelOutput output_of(const MaybeTensor& vector) { return vector ? outp
 const void* data_of(const Tensor& tensor);
 void* mutable_data_of(const Tensor& tensor);
 
-// One call of an operator: the tensor's device becomes the current one, launches go to torch's current stream there,
-// and scratch memory comes from torch's allocator, whose streams see to it that nobody gets it before the kernels are
-// done with it.
+// One call of an operator: the tensor's device becomes the current one, launches go to torch's current stream there.
+// Scratch memory comes from torch's allocator, whose streams see to it that nobody gets it before the kernels are done
+// with it.
 class Call {
  public:
   Call(const char* name, const Tensor& input);
@@ -68,7 +68,7 @@ class Call {
 
   const Launch& launch() const { return launch_; }
   // Scratch memory for TableEntry, one a channel of input.
-  void* new_table(const Tensor& input) const;
+  void* new_table(const Tensor& input);
   // Raises what went wrong, naming the operator and its input.
   void check(cudaError_t error) const;
 
@@ -80,8 +80,9 @@ class Call {
   std::vector<Tensor> scratch_;
 };
 
-// Whether launches may keep tensors on chip where they fit: not with RESNET_FUSED_ON_CHIP=0, which is read anew with
-// every call.
+// Whether launches may keep tensors on chip where they fit, by RESNET_FUSED_ON_CHIP, which is read anew with every call:
+// 0, 1 or auto, which is not while torch.distributed is initialized. All blocks of such a launch must be resident, and
+// it would wait for every communication under way.
 bool on_chip_wanted();
 
 // A normalized input of an operator.

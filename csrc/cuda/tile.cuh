@@ -8,8 +8,6 @@ namespace resnet_fused::cuda {
 
 // Constants of a tile of channels, K of each, in shared memory. Four floats of a lane lie beside those of the next, so
 // that 16-byte accesses of a warp meet every bank once.
-constexpr int kTileChannels = 256;
-
 template <typename C, int V>
 __device__ __forceinline__ int place_in_tile(int slot, int i, int tile_slots) {
   if constexpr (V == 8) return (i / 4 * tile_slots + slot) * 4 + i % 4;

@@ -16,24 +16,6 @@ namespace resnet_fused::cuda {
 template <int V>
 constexpr int kLanesPerByte = 8 / V;
 
-// A distance in slots, taken apart.
-struct Step {
-  int64_t runs, slots;
-  int32_t channels;
-};
-
-struct Walk {
-  int64_t runs;
-  int64_t inner;
-  int64_t channels;
-  int64_t slots;
-  int64_t mask_bytes;
-  int64_t chunks;
-  Step thread_step, chunk_step;  // planes: between a thread's places in a chunk, and between its chunks
-  int64_t tiles;                 // rows: a block owns a tile of channels, and of each chunk of rows
-  int32_t tile_slots, tile_rows;
-};
-
 // The places that a thread treats at once. Those that are not active have no values, those not inside have no mask byte
 // either.
 template <int U>
@@ -185,47 +167,11 @@ __device__ __forceinline__ unsigned own_bits(unsigned byte) {
   return byte >> (threadIdx.x % kLanesPerByte<V> * V);
 }
 
-struct WalkPlan {
-  Walk walk;
-  unsigned grid;
-  unsigned block;
-};
-
-// As many blocks as the device holds, or fewer where there is less to do.
 inline cudaError_t plan_walk(WalkPlan& plan, const Shape& shape, int v, int unroll, const void* kernel) {
-  plan = {};
-  Walk& w = plan.walk;
-  const int lanes_per_byte = 8 / v;
-  w.runs = shape.runs();
-  w.inner = shape.inner();
-  w.channels = shape.channels;
-  w.mask_bytes = shape.mask_bytes();
-  w.slots = w.mask_bytes * lanes_per_byte;
-  plan.block = kThreads;
   int64_t resident = 1;
   const cudaError_t error = resident_blocks(kernel, kThreads, 0, resident);
-  if (error != cudaSuccess) return error;
-  if (shape.rows) {
-    const int64_t widest = kTileChannels / v;
-    w.tiles = divide_up(w.slots, widest);
-    w.tile_slots = static_cast<int32_t>(round_up(divide_up(w.slots, w.tiles), lanes_per_byte));
-    w.tiles = divide_up(w.slots, w.tile_slots);
-    w.tile_rows = kThreads / w.tile_slots;
-    w.chunks = divide_up(w.runs, int64_t{unroll} * w.tile_rows);
-    plan.grid = grid_size(w.tiles * std::clamp<int64_t>(resident / w.tiles, 1, w.chunks));
-    // A whole number of blocks to a tile, whatever the limit.
-    plan.grid -= static_cast<unsigned>(plan.grid % w.tiles);
-  } else {
-    const int64_t chunk = int64_t{unroll} * kThreads;
-    w.chunks = divide_up(w.runs * w.slots, chunk);
-    plan.grid = grid_size(std::min(resident, w.chunks));
-    const auto step = [&](int64_t slots) {
-      return Step{slots / w.slots, slots % w.slots, static_cast<int32_t>(slots / w.slots % w.channels)};
-    };
-    w.thread_step = step(kThreads);
-    w.chunk_step = step(chunk * plan.grid);
-  }
-  return cudaSuccess;
+  if (error == cudaSuccess) plan = plan_walk(shape, v, unroll, resident);
+  return error;
 }
 
 }  // namespace resnet_fused::cuda

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
 from torch.autograd import forward_ad
 
-from . import handover, layout, recomputation, reference
+from . import handover, layout, library, recomputation, reference
 from .decompositions import DECOMPOSITIONS
 from .dispatch import below_autograd
 
@@ -151,13 +151,15 @@ def _copied(vector: Tensor | None) -> Tensor | None:
 # Written for speed on the host, forward and backward: small tensors wait for it.
 
 
-def _save_train(ctx, inputs, output, recomputed):
+def _save_train(ctx, inputs, output, recomputed, saved_bias=None):
     input, weight, bias, residual, eps, relu, _, channels_last = inputs
     result, mean, _, invstd, mask = output
     strides = input.stride() if channels_last is None else None
     ctx.settings = relu, eps, strides, channels_last, 1 + (weight is not None) + (bias is not None)
     masked = relu and residual is not None
-    if recomputed or not masked:
+    if saved_bias is not None and saved_bias.numel():
+        bias = saved_bias
+    elif recomputed or not masked:
         bias = _copied(bias)
     if masked:
         ctx.save_for_backward(input, weight, None, mean, invstd, mask)
@@ -422,13 +424,14 @@ FUNCTIONS = {formula.name: formula.function() for formula in FORMULAS}
 
 def _train_with_update(ctx, input, weight, bias, residual, settings):
     eps, relu, save_mask, running_mean, running_var, momentum = settings
-    output, mean, invstd, mask = _TRAIN_WITH_UPDATE(
+    library.note_distributed()
+    output, mean, invstd, saved_bias, mask = _TRAIN_WITH_UPDATE(
         input, weight, bias, residual, running_mean, running_var, momentum, eps, relu, save_mask
     )
     if ctx is not None:
         handover.begin(ctx, output)
         inputs = (input, weight, bias, residual, eps, relu, save_mask, None)
-        _save_train(ctx, inputs, (output, mean, None, invstd, mask), recomputation.is_on())
+        _save_train(ctx, inputs, (output, mean, None, invstd, mask), recomputation.is_on(), saved_bias)
     return output
 
 
@@ -605,11 +608,11 @@ def _has_tangent(value) -> bool:
 _REGISTRATIONS = _AutogradLibrary("resnet_fused", "FRAGMENT")
 
 
-def register(library: torch.library.Library) -> None:
+def register(registrations: torch.library.Library) -> None:
     """Hands the formulas to torch.library."""
     for name in WITH_UPDATE:
         # Called below autograd alone: no guard need keep it out.
-        library.impl(f"{name}_with_update", torch.library.fallthrough_kernel, "Autograd")
+        registrations.impl(f"{name}_with_update", torch.library.fallthrough_kernel, "Autograd")
     formulas = [(f.name, f.backward, f.setup_context) for f in FORMULAS]
     formulas += [(name, _backward_through(name), _save_inputs) for name in THROUGH_REFERENCE]
     for name, backward, setup_context in formulas:

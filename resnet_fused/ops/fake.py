@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import checks, layout
+from . import checks, layout, library, reference
 
 
 def _like(input: Tensor, channels_last: bool | None) -> Tensor:
@@ -79,6 +79,7 @@ def batch_norm_add_relu_backward_apply(
 
 
 def batch_norm_add_relu_train(input, weight, bias, residual, eps, relu, save_mask, channels_last=None):
+    library.note_distributed()  # a graph that was traced calls the operator without Python
     checks.batch_norm(input, weight, bias, residual)
     output, mask = _output_and_mask(input, relu and save_mask and residual is not None, channels_last)
     return output, _statistic(input), _statistic(input), _statistic(input), mask
@@ -293,7 +294,7 @@ def batch_norm_add_relu_train_with_update(
     checks.one_dtype(weight, bias, running_mean, running_var)
     checks.more_than_one_value(input)
     output, mean, _, invstd, mask = batch_norm_add_relu_train(input, weight, bias, residual, eps, relu, save_mask)
-    return output, mean, invstd, mask
+    return output, mean, invstd, reference.saved_bias(input, bias, residual, relu, save_mask), mask
 
 
 def dual_batch_norm_add_relu_train_with_update(

@@ -27,6 +27,8 @@ _definitions: torch.library.Library | None = None
 
 # Why there are no CUDA kernels; None where they are loaded.
 _why_no_cuda: str | None = "the libraries of the package are not loaded"
+# A variable of the CUDA library that is loaded.
+_distributed: ctypes.c_int | None = None
 
 
 def path(name: str) -> pathlib.Path:
@@ -44,7 +46,7 @@ def load() -> None:
             ``RESNET_FUSED_CUDA_LIBRARY`` is no file.
         ValueError: ``RESNET_FUSED_CPU_CAPABILITY`` is no instruction set.
     """
-    global _why_no_cuda, _definitions
+    global _why_no_cuda, _definitions, _distributed
     asked = os.environ.get("RESNET_FUSED_CPU_CAPABILITY") or "avx512"
     if asked not in CPU_CAPABILITIES:
         raise ValueError(f"RESNET_FUSED_CPU_CAPABILITY must be one of {', '.join(CPU_CAPABILITIES)}, got {asked!r}")
@@ -66,6 +68,8 @@ def load() -> None:
         _why_no_cuda = "RESNET_FUSED_EMULATED has its CUDA kernels serve CPU tensors"
     else:
         _why_no_cuda = _load_cuda()
+    if _cuda_file() and torch.distributed.is_available():
+        _distributed = ctypes.c_int.in_dll(ctypes.CDLL(_cuda_file()), "resnet_fused_distributed")
 
 
 def _load_emulated(file: str) -> None:
@@ -109,10 +113,21 @@ def why_no_cuda() -> str | None:
     return _why_no_cuda
 
 
+def note_distributed() -> None:
+    """Tells the CUDA library whether torch.distributed is initialized, for ``RESNET_FUSED_ON_CHIP=auto``."""
+    if _distributed is not None:
+        _distributed.value = torch.distributed.is_initialized()
+
+
+def _cuda_file() -> str | None:
+    """The CUDA library that is loaded, for a GPU or emulated."""
+    return EMULATED if EMULATED else None if _why_no_cuda else str(path("_cuda"))
+
+
 @functools.cache
 def cuda_architectures() -> str:
     """What the loaded CUDA library has code for, such as ``"8.0;9.0;12.0+PTX"``; empty where none is loaded."""
-    file = EMULATED if EMULATED else None if _why_no_cuda else str(path("_cuda"))
+    file = _cuda_file()
     return _text(file, "resnet_fused_cuda_architectures") if file else ""
 
 

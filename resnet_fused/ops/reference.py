@@ -417,7 +417,14 @@ def batch_norm_add_relu_train_with_update(
 ):
     output, mean, var, invstd, mask = batch_norm_add_relu_train(input, weight, bias, residual, eps, relu, save_mask)
     update_running_stats(running_mean, running_var, mean, var, momentum, _count(input))
-    return output, mean, invstd, mask
+    return output, mean, invstd, saved_bias(input, bias, residual, relu, save_mask), mask
+
+
+def saved_bias(input, bias, residual, relu, save_mask):
+    """A copy of the bias where the backward goes by it, for whoever trains on may step the bias before."""
+    if bias is None or not save_mask or (relu and residual is not None):
+        return input.new_empty(0, dtype=layout.statistics_dtype(input.dtype) if bias is None else bias.dtype)
+    return bias.detach().clone()
 
 
 def dual_batch_norm_add_relu_train_with_update(

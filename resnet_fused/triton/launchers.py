@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 
 from ..ops import checks, layout
+from ..ops.reference import saved_bias
 from . import configurations, kernels
 from .configurations import Plan, Problem
 
@@ -331,7 +332,7 @@ def batch_norm_add_relu_train_with_update(
     branch = _Branch(input, weight, bias, eps=eps, momentum=momentum)
     branch.running_mean, branch.running_var = running_mean, running_var
     output, mask = _train((branch,), residual, relu, save_mask)
-    return output, branch.mean, branch.invstd, mask
+    return output, branch.mean, branch.invstd, saved_bias(input, bias, residual, relu, save_mask), mask
 
 
 def dual_batch_norm_add_relu_train(
