@@ -1,5 +1,6 @@
 /* Preloaded before a CUDA runtime: writes down what the host code of the library asks it and torch for, a line each.
- * With `recorder_dry` no kernel runs, so that shapes of any size can be planned. */
+ * With `recorder_dry` no kernel runs, so that shapes of any size can be planned; with `recorder_captures` every stream
+ * says that it is captured. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stdarg.h>
@@ -11,7 +12,7 @@ typedef struct {
   unsigned x, y, z;
 } dim3;
 
-int recorder_dry;
+int recorder_dry, recorder_captures;
 char recorder_text[1 << 20];
 static size_t used;
 
@@ -71,4 +72,10 @@ ASKED(cudaGetLastError)
 ASKED(cudaDeviceGetAttribute)
 ASKED(cudaFuncSetAttribute)
 ASKED(cudaOccupancyMaxActiveBlocksPerMultiprocessor)
-ASKED(cudaStreamIsCapturing)
+
+int cudaStreamIsCapturing(void* stream, int* status) {
+  note("ask cudaStreamIsCapturing\n");
+  if (!recorder_captures) return NEXT(cudaStreamIsCapturing)(stream, status);
+  *status = 1;
+  return 0;
+}

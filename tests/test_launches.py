@@ -115,6 +115,26 @@ print(json.dumps({{form: (step(form, *arguments), step(form, *arguments))[1] for
 
 
 @emulated
+def test_a_captured_launch_has_memory_of_its_own(tmp_path):
+    """Which it clears: a graph runs on any stream."""
+    program = """
+x, other = torch.randn(2, 16, 8, 32, 32)
+results = []
+for captures in (0, 1):
+    ctypes.c_int.in_dll(recorder, "recorder_captures").value = captures
+    ones, zeros = torch.ones(8), torch.zeros(8)
+    call = lambda: batch_norm_add_relu(x, zeros, ones, None, None, other, training=True)
+    recorded(call)
+    results.append(recorded(call))
+print(json.dumps([torch.equal(results[0][0], results[1][0]), *(lines for _, lines in results)]))
+"""
+    same, kept, captured = _run(tmp_path, program, RESNET_FUSED_ON_CHIP="0")
+    assert same
+    assert _count(captured, "memset") == _count(kept, "memset") + 1 == 1
+    assert _count(captured, "allocate") == _count(kept, "allocate") + 1
+
+
+@emulated
 @pytest.mark.parametrize("batch", [32, 256])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_kernels_of_resnet50_fill_an_h100(layout, batch, tmp_path):

@@ -7,30 +7,21 @@ namespace resnet_fused::cuda {
 
 namespace {
 
-// Of one stream. Partials lie behind the counters.
-struct Kept {
-  Tensor memory;
-  int64_t partial_bytes = 0, counters = 0;
+// What is kept of each of so many streams. Every plan but those of accesses of single values needs a part of it.
+constexpr int64_t kCounters = 16 << 10, kPartialBytes = 4 << 20;
+constexpr size_t kMostStreams = 64;
 
-  void take(const Tensor& on, int64_t bytes, int64_t count) {
-    partial_bytes = round_up(bytes, 16);
-    counters = round_up(count, 4);
-    memory = empty(on, {partial_bytes + counter_bytes()}, ScalarType::Byte);
-  }
-  int64_t counter_bytes() const { return counters * static_cast<int64_t>(sizeof(unsigned)); }
-  Meeting meeting() const {
-    char* data = static_cast<char*>(mutable_data_of(memory));
-    return {data + counter_bytes(), reinterpret_cast<unsigned*>(data)};
-  }
-  cudaError_t clear(cudaStream_t stream) const {
-    return cudaMemsetAsync(meeting().counters, 0, static_cast<size_t>(counter_bytes()), stream);
-  }
-};
+int64_t bytes_of(int64_t counters) { return counters * static_cast<int64_t>(sizeof(unsigned)); }
 
-// Streams of torch are never destroyed, and others come and go: a handle may come back while kernels of the stream that had it
-// still run, and an id does not.
+// Partial sums lie behind the counters, which are cleared.
+cudaError_t begin(void* memory, int64_t counters, cudaStream_t stream, Meeting& meeting) {
+  meeting = {static_cast<char*>(memory) + bytes_of(counters), static_cast<unsigned*>(memory)};
+  return cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes_of(counters)), stream);
+}
+
+// A handle may come back while kernels of the stream that had it still run; an id does not.
 cudaError_t id_of(cudaStream_t stream, unsigned long long& id) {
-#ifdef RESNET_FUSED_EMULATED  // which has no ids, and one stream
+#ifdef RESNET_FUSED_EMULATED  // it has no ids, and runs everything at once
   id = reinterpret_cast<uintptr_t>(stream);
   return cudaSuccess;
 #else
@@ -38,36 +29,55 @@ cudaError_t id_of(cudaStream_t stream, unsigned long long& id) {
 #endif
 }
 
-constexpr size_t kMostStreams = 256;
-std::mutex mutex;
+// Not from torch's allocator, whose pool may be one of a graph that takes back what is left in it. Another thread may be
+// capturing meanwhile, which only says that this memory is not of its graph.
+cudaError_t allocate(void** memory) {
+  const auto bytes = static_cast<size_t>(bytes_of(kCounters) + kPartialBytes);
+#ifdef RESNET_FUSED_EMULATED
+  return cudaMalloc(memory, bytes);
+#else
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  cudaThreadExchangeStreamCaptureMode(&mode);
+  const cudaError_t error = cudaMalloc(memory, bytes);
+  cudaThreadExchangeStreamCaptureMode(&mode);
+  return error;
+#endif
+}
+
+// False where nothing is kept for the stream, and nothing can be.
+bool kept(int device, cudaStream_t stream, Meeting& meeting) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, unsigned long long>, Meeting> of_streams;
+  unsigned long long id = 0;
+  if (id_of(stream, id) != cudaSuccess) return false;
+  const std::pair key(device, id);
+  const std::lock_guard lock(mutex);
+  const auto found = of_streams.find(key);
+  if (found != of_streams.end()) {
+    meeting = found->second;
+    return true;
+  }
+  void* memory = nullptr;
+  if (of_streams.size() == kMostStreams || allocate(&memory) != cudaSuccess) return false;
+  if (begin(memory, kCounters, stream, meeting) != cudaSuccess) return false;
+  of_streams[key] = meeting;
+  return true;
+}
 
 }  // namespace
 
-cudaError_t meeting_of(const Tensor& on, cudaStream_t stream, int64_t partial_bytes, int64_t counters, Tensor& keep,
-                       Meeting& meeting) {
-  // Never freed: when the process ends, torch's allocator may be gone before them.
-  static auto& of_streams = *new std::map<std::pair<int, unsigned long long>, Kept>;
+cudaError_t meeting_of(const Tensor& on, cudaStream_t stream, int64_t partial_bytes, int64_t counters,
+                       MaybeTensor& keep, Meeting& meeting) {
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-  cudaError_t error = cudaStreamIsCapturing(stream, &capture);
+  const cudaError_t error = cudaStreamIsCapturing(stream, &capture);
   if (error != cudaSuccess) return error;
-  unsigned long long id = 0;
-  const bool captured = capture != cudaStreamCaptureStatusNone;
-  if (!captured && (error = id_of(stream, id)) != cudaSuccess) return error;
-  const std::pair key(on.get_device_index(), id);
-  const std::lock_guard lock(mutex);
-  const bool kept = !captured && (of_streams.size() < kMostStreams || of_streams.count(key) != 0);
-  Kept own;
-  Kept& memory = kept ? of_streams[key] : own;
-  if (memory.partial_bytes < partial_bytes || memory.counters < counters) {
-    Kept more;
-    more.take(on, std::max(partial_bytes, memory.partial_bytes), std::max(counters, memory.counters));
-    error = more.clear(stream);
-    if (error != cudaSuccess) return error;
-    memory = more;
+  if (capture == cudaStreamCaptureStatusNone && counters <= kCounters && partial_bytes <= kPartialBytes) {
+    if (kept(on.get_device_index(), stream, meeting)) return cudaSuccess;
+    cudaGetLastError();
   }
-  keep = memory.memory;
-  meeting = memory.meeting();
-  return cudaSuccess;
+  counters = round_up(counters, 4);  // partial sums are aligned
+  keep = empty(on, {bytes_of(counters) + partial_bytes}, ScalarType::Byte);
+  return begin(mutable_data_of(*keep), counters, stream, meeting);
 }
 
 }  // namespace resnet_fused::cuda

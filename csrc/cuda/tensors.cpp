@@ -100,8 +100,7 @@ Call::Call(const char* name, const Tensor& input) : name_(name), input_(input), 
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(input.get_device_index(), &stream));
   launch_.stream = static_cast<cudaStream_t>(stream);
   launch_.meet = [this](int64_t partial_bytes, int64_t counters, Meeting& meeting) {
-    scratch_.emplace_back();
-    return meeting_of(input_, launch_.stream, partial_bytes, counters, scratch_.back(), meeting);
+    return meeting_of(input_, launch_.stream, partial_bytes, counters, meeting_memory_, meeting);
   };
 }
 

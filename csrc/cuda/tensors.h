@@ -78,6 +78,7 @@ class Call {
   torch::stable::accelerator::DeviceGuard guard_;
   Launch launch_;
   std::vector<Tensor> scratch_;
+  MaybeTensor meeting_memory_;
 };
 
 // Whether launches may keep tensors on chip where they fit, by RESNET_FUSED_ON_CHIP, which is read anew with every call:
