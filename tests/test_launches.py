@@ -13,7 +13,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PLAN = ROOT / "csrc" / "cuda" / "plan.h"
 if not PLAN.is_file():
-    pytest.skip("needs the checkout", allow_module_level=True)
+    pytest.skip("needs the checkout: csrc/cuda/plan.h", allow_module_level=True)
 
 emulated = pytest.mark.skipif(
     "config.getoption('--backend') != 'emulated'", reason="calls are recorded under the emulator: `make test-emulated`"
@@ -66,7 +66,7 @@ def _run(tmp_path, program: str, **environment) -> dict:
     """What the program prints, in a process of its own under the recorder."""
     compiler = shutil.which("cc")
     if compiler is None:
-        pytest.skip("no C compiler")
+        pytest.skip("no C compiler, which builds tests/recorder.c")
     recorder = tmp_path / "recorder.so"
     source = pathlib.Path(__file__).with_name("recorder.c")
     subprocess.run([compiler, "-shared", "-fPIC", "-O1", source, "-o", recorder, "-ldl"], check=True)
@@ -110,8 +110,9 @@ print(json.dumps({{form: (step(form, *arguments), step(form, *arguments))[1] for
             assert _count(lines, "launch") == launches, what
             assert _count(lines, "memset") == _count(lines, "copy") == _count(lines, "call") == 0, what
             assert _count(lines, "allocate") == allocations, what
-            # The device of each question that is answered from memory, whether the stream is captured, errors.
-            assert _count(lines, "ask") <= 4 * launches + 4, what
+            # The current device, errors, which a cooperative launch returns itself, and where blocks share a channel
+            # whether the stream is captured.
+            assert _count(lines, "ask") <= {1: 6, 2: 7}[launches], what
 
 
 @emulated
@@ -168,8 +169,8 @@ print(json.dumps(result))
         shape = tuple(map(int, what[what.index("(") + 1 : -1].split(",")))
         values = shape[0] * shape[1] * shape[2] * shape[3]
         for x, y, threads in launches:
-            # At least 8 accesses of 16 bytes a thread, of two or four bytes a value, or of a value each.
-            work = values * y // (threads * 8 * (8 if "bfloat16" in what else 4))
+            # The most that a thread has under way at once: four accesses of 16 bytes.
+            work = values * y // (threads * 4 * (8 if "bfloat16" in what else 4))
             assert x * y >= 0.9 * min(most, work), (what, launches)
 
 
@@ -178,7 +179,7 @@ def sums_plan(tmp_path_factory):
     """``plan_sums`` of csrc/cuda/plan.h, compiled: groups, chunks of each and the blocks that share them."""
     compiler = shutil.which("c++")
     if compiler is None:
-        pytest.skip("no C++ compiler")
+        pytest.skip("no C++ compiler, which builds csrc/cuda/plan.h for this test")
     library = tmp_path_factory.mktemp("plan") / "plan.so"
     source = """
 #include "cuda/plan.h"
@@ -205,8 +206,8 @@ extern "C" void sums_plan(int64_t n, int64_t c, int64_t positions, int rows, int
 
 # Multiprocessors, and how many blocks of a kernel each may hold.
 DEVICES = {
-    "H100": (132, range(4, 9)),
-    "A100": (108, range(4, 9)),
+    "H100": (132, range(3, 9)),
+    "A100": (108, range(3, 9)),
     "L4": (58, range(1, 7)),
     "RTX 4090": (128, range(1, 7)),
 }
@@ -230,7 +231,8 @@ def test_rounds_of_the_reductions(device_name, rows, sums_plan):
                         assert 1 <= splits <= chunks, case
                         time = -(-groups * splits // resident) * -(-chunks // splits)
                         assert time <= 1.4 * groups * chunks / resident + 1, (case, groups, chunks, splits)
-                        if (device_name, per_processor) == ("H100", 4):  # what its 64 registers a thread leave room for
+                        # What 64 registers a thread leave room for, and, of kernels of rows, 80.
+                        if device_name == "H100" and (per_processor == 4 or (rows and per_processor == 3)):
                             assert groups * splits >= 0.9 * resident or splits == chunks, (
                                 case,
                                 groups,

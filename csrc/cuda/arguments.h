@@ -44,16 +44,16 @@ struct Branch {
   double eps = 0;
 };
 
-// Memory in which blocks that share a channel meet.
-struct Meeting {
+// Memory for blocks that share a channel.
+struct Workspace {
   void* partials = nullptr;
   unsigned* counters = nullptr;  // zeros; a kernel leaves them so
 };
 
-// Where a launch goes, and where its meetings' memory comes from.
+// Where a launch goes, and where its workspace comes from.
 struct Launch {
   cudaStream_t stream = nullptr;
-  std::function<cudaError_t(int64_t partial_bytes, int64_t counters, Meeting& meeting)> meet;
+  std::function<cudaError_t(int64_t partial_bytes, int64_t counters, Workspace& workspace)> workspace;
 };
 
 // A training input: where its statistics go. Results are of the statistics' dtype; those without data are not written.

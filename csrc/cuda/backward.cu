@@ -29,7 +29,7 @@ constexpr int unroll() {
   return kTwo ? 1 : 2;
 }
 
-// Two accesses of eight values and more, which take a quarter of the registers.
+// Whether a thread has several accesses of eight values under way: they need more than 64 registers.
 template <typename T, int V, bool kRows, bool kTwo>
 constexpr bool holds_more() {
   return kRows && V == 8 && unroll<T, V, kRows, kTwo>() > 1;

@@ -70,8 +70,7 @@ struct Output {
   ForwardArguments arguments{};
 };
 
-// One branch in training; `running` is updated where there is one. A backward without a mask needs a copy of the bias,
-// `saved_bias`, which whoever trains on may step before it.
+// One branch in training. `running` is updated and `saved_bias` becomes a copy of the bias, where there are such.
 std::tuple<Output, Trained> train(const char* name, const Tensor& input, const MaybeTensor& weight,
                                   const MaybeTensor& bias, const MaybeTensor& residual, const Running* running,
                                   double eps, bool relu, bool save_mask, std::optional<bool> channels_last,

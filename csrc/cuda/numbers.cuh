@@ -201,8 +201,8 @@ __device__ __forceinline__ C invstd_of(const Branch& branch, int64_t channel) {
   return branch.spread_is_var ? scale_of_var(C(1), spread, branch.eps) : spread;
 }
 
-// Half of the threads that an SM can hold are to be resident, or fewer, of kernels that hold so much more in registers that the
-// bytes under way, which the memory's latency is hidden by, are more all the same.
+// An SM holds half of its threads at least. Kernels with more loads under way in each thread need more registers: of those
+// it holds three blocks, which together have more bytes under way (make static).
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 750
 #define RESNET_FUSED_MIN_BLOCKS 2
 #elif defined(__CUDA_ARCH__) &&                                                                                        \

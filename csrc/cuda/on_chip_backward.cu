@@ -146,7 +146,7 @@ bool launch_on_chip_backward(Dtype dtype, const ReduceArguments& reduce, const L
   OnChip on_chip = plan_on_chip(shape, kSums, v, 1, 2, address_of(kernel));
   if (!on_chip.fits) return false;
   SumsPlan& plan = on_chip.plan;
-  error = prepare_meeting(plan, 1, launch);
+  error = prepare_workspace(plan, 1, launch);
   if (error != cudaSuccess) return true;
   void* arguments[] = {const_cast<ReduceArguments*>(&reduce), &plan.walk};
   return launch_cooperative(address_of(kernel), plan, arguments, launch, error);

@@ -143,7 +143,7 @@ bool launch_on_chip_forward(Dtype dtype, const StatisticsArguments& statistics, 
   OnChip on_chip = plan_on_chip(shape, kSums, v, 2, 1, address_of(kernel));
   if (!on_chip.fits) return false;
   SumsPlan& plan = on_chip.plan;
-  error = prepare_meeting(plan, 1, launch);
+  error = prepare_workspace(plan, 1, launch);
   if (error != cudaSuccess) return true;
   void* arguments[] = {const_cast<StatisticsArguments*>(&statistics), const_cast<ForwardArguments*>(&forward),
                        &plan.walk};

@@ -171,8 +171,7 @@ SumsPlan plan_sums(const Shape& shape, int sums, int v, int unroll, int branches
     groups = w.channels;
   }
   const int64_t blocks = std::max<int64_t>(resident(static_cast<int>(plan.block), plan.shared_bytes), 1);
-  // The sums that blocks hand to each other are traffic, which is what a launch on chip is to save: rows are not split further there
-  // than into eight for each thread.
+  // On chip a thread has eight rows at least: the partial sums of more blocks would cost the traffic that is to be saved.
   const int64_t least = on_chip && shape.rows ? divide_up(8, unroll) : 1;
   w.splits = splits_of(groups * branches, divide_up(w.chunks, least), blocks, on_chip);
   w.items = groups * w.splits;

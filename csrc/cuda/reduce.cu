@@ -35,7 +35,7 @@ __global__ void RESNET_FUSED_LAUNCH_BOUNDS batch_norm_reduce_planes_kernel(const
       });
 }
 
-// Two accesses of eight values and more, which take a quarter of the registers.
+// Whether a thread has several accesses of eight values under way: they need more than 64 registers.
 template <typename T, int V, bool kTwo, bool kAdded>
 constexpr bool holds_more() {
   return V == 8 && unroll<T, V, kTwo, kAdded>() > 1;
@@ -97,7 +97,7 @@ cudaError_t launch_reduce(Dtype dtype, const ReduceArguments& arguments, const L
   const int sums = g.two ? 3 : 2;
   SumsPlan plan;
   cudaError_t error = plan_sums(plan, shape, sums, choice.v, choice.unroll, 1, address_of(choice.kernel));
-  if (error == cudaSuccess) error = prepare_meeting(plan, 1, launch);
+  if (error == cudaSuccess) error = prepare_workspace(plan, 1, launch);
   if (error != cudaSuccess) return error;
   choice.kernel<<<plan.grid, plan.block, static_cast<size_t>(plan.shared_bytes), launch.stream>>>(arguments, plan.walk);
   return cudaGetLastError();

@@ -122,7 +122,7 @@ cudaError_t launch_statistics(Dtype dtype, const StatisticsArguments& arguments,
   SumsPlan plan;
   cudaError_t error =
       plan_sums(plan, shape, kSums, choice.v, choice.unroll, arguments.branches, address_of(choice.kernel));
-  if (error == cudaSuccess) error = prepare_meeting(plan, arguments.branches, launch);
+  if (error == cudaSuccess) error = prepare_workspace(plan, arguments.branches, launch);
   if (error != cudaSuccess) return error;
   const dim3 grid(plan.grid, static_cast<unsigned>(arguments.branches));
   choice.kernel<<<grid, plan.block, static_cast<size_t>(plan.shared_bytes), launch.stream>>>(arguments, plan.walk);

@@ -123,9 +123,10 @@ __device__ __forceinline__ void sum_over_block(double (&v)[K]) {
   __syncthreads();  // of_warp is free again
 }
 
-// Counts this block in; true in the last of `splits`, behind which the counter is zero again. What the block wrote to global memory before is then visible to
-// the last one: each thread's fence puts its own writes before the barrier, the barrier before the count of thread 0;
-// the fence behind the count keeps the reads that follow from being served by what an L1 or a register held before.
+// Counts this block in; true in the last of `splits`, which sets the counter back to zero. What the block wrote to
+// global memory before is then visible to the last one: each thread's fence puts its own writes before the barrier, the
+// barrier before the count of thread 0; the fence behind the count keeps the reads that follow from being served by what
+// an L1 or a register held before.
 __device__ __forceinline__ bool is_last_block(unsigned* arrived, int64_t splits) {
   __shared__ bool last;
   __threadfence();
@@ -400,13 +401,13 @@ inline cudaError_t plan_sums(SumsPlan& plan, const Shape& shape, int sums, int v
 }
 
 // Memory for blocks that share a channel.
-inline cudaError_t prepare_meeting(SumsPlan& plan, int branches, const Launch& launch) {
+inline cudaError_t prepare_workspace(SumsPlan& plan, int branches, const Launch& launch) {
   if (plan.counters == 0) return cudaSuccess;
-  Meeting meeting;
-  const cudaError_t error = launch.meet(plan.partial_doubles * branches * static_cast<int64_t>(sizeof(double)),
-                                        plan.counters * branches, meeting);
-  plan.walk.partials = static_cast<double*>(meeting.partials);
-  plan.walk.arrived = meeting.counters;
+  Workspace workspace;
+  const cudaError_t error = launch.workspace(plan.partial_doubles * branches * static_cast<int64_t>(sizeof(double)),
+                                             plan.counters * branches, workspace);
+  plan.walk.partials = static_cast<double*>(workspace.partials);
+  plan.walk.arrived = workspace.counters;
   return error;
 }
 

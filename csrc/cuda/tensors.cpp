@@ -1,6 +1,6 @@
 #include "cuda/tensors.h"
 
-#include "cuda/meeting.h"
+#include "cuda/workspace.h"
 
 #include <atomic>
 #include <cstdlib>
@@ -99,8 +99,8 @@ Call::Call(const char* name, const Tensor& input) : name_(name), input_(input), 
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(input.get_device_index(), &stream));
   launch_.stream = static_cast<cudaStream_t>(stream);
-  launch_.meet = [this](int64_t partial_bytes, int64_t counters, Meeting& meeting) {
-    return meeting_of(input_, launch_.stream, partial_bytes, counters, meeting_memory_, meeting);
+  launch_.workspace = [this](int64_t partial_bytes, int64_t counters, Workspace& workspace) {
+    return workspace_of(input_, launch_.stream, partial_bytes, counters, workspace_owner_, workspace);
   };
 }
 

@@ -78,7 +78,7 @@ class Call {
   torch::stable::accelerator::DeviceGuard guard_;
   Launch launch_;
   std::vector<Tensor> scratch_;
-  MaybeTensor meeting_memory_;
+  MaybeTensor workspace_owner_;
 };
 
 // Whether launches may keep tensors on chip where they fit, by RESNET_FUSED_ON_CHIP, which is read anew with every call:
