@@ -175,12 +175,13 @@ rehearse-gpu-check: $(BUILT)
 	EMULATOR=$(abspath $(EMULATOR)) $(BIN)/python tools/gpu_check.py --rehearse $(ARGS)
 
 # As on a machine that has this torch and little more: a copy that knows nothing of git, .venv and build.
-rehearse-gpu-check-elsewhere: $(BUILT)
+rehearse-gpu-check-elsewhere: $(if $(HAVE_EMULATOR),emulated,$(BUILT))
 	$(PYTHON) -m venv $(ELSEWHERE_VENV)
 	$(ELSEWHERE_VENV)/bin/python -m pip install --quiet $(ELSEWHERE) pytest pytest-xdist numpy tabulate tqdm
 	directory=$$(mktemp -d); trap 'rm -rf "$$directory"' EXIT; \
-	cp -r benchmarks csrc resnet_fused tests tools setup.py pyproject.toml "$$directory"; cd "$$directory"; unset PYTHONPATH; \
-	EMULATOR= $(CURDIR)/$(ELSEWHERE_VENV)/bin/python tools/gpu_check.py --rehearse $(ARGS)
+	cp -r benchmarks csrc resnet_fused tests tools setup.py pyproject.toml "$$directory"; \
+	$(if $(HAVE_EMULATOR),mkdir -p "$$directory/$(dir $(EMULATED))"; cp $(EMULATED) "$$directory/$(EMULATED)";) \
+	cd "$$directory"; unset PYTHONPATH; EMULATOR=$(if $(HAVE_EMULATOR),$(abspath $(EMULATOR))) $(CURDIR)/$(ELSEWHERE_VENV)/bin/python tools/gpu_check.py --rehearse $(ARGS)
 
 clean:
 	rm -rf build dist $(BUILT) *.egg-info resnet_fused/*.so

@@ -17,7 +17,7 @@ _one_launch = threading.Lock()
 
 
 def mend() -> None:
-    """Mends the arithmetic."""
+    """Mends the arithmetic, and bounds of loops under Triton 3.6 with numpy 2.4."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -51,7 +51,19 @@ def mend() -> None:
     for name in ("create_si_to_fp", "create_ui_to_fp", "create_fp_ext", "create_fp_trunc"):
         setattr(builder, name, cast_impl)
     builder.create_fp_to_fp = lambda self, src, dst_type, rounding: cast_impl(self, src, dst_type)
+    _index_by_item(interpreter)
     _patch_once(interpreter)
+
+
+def _index_by_item(interpreter) -> None:
+    """numpy 2.4 refuses int(array) of one element with an axis, which Triton 3.6 makes of the bounds of a loop."""
+    patch = interpreter._patch_lang_tensor
+
+    def patch_tensor(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_tensor
 
 
 def _patch_once(interpreter) -> None:

@@ -60,6 +60,10 @@ def main(arguments: list[str] | None = None) -> int:
         # Triton reads it as it is imported.
         command = [sys.executable, "-u", "-m", "gpu.convolutions", *given]
         return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False).returncode
+    if step.rehearse:
+        import triton_interpreter
+
+        triton_interpreter.mend()
     from benchmarks import convolutions
 
     device.choose(step.device.type)
