@@ -481,6 +481,40 @@ def test_machine_code_has_wide_accesses_and_no_spills(target):
     assert all(line["registers"] <= 255 for line in lines)
 
 
+@pytest.mark.parametrize("channels", [16, 5])
+def test_offline_kernels_are_those_of_triton_s_launcher(channels, device):
+    """Types, constants and what 16 divides, also where a batch, a number of chunks or of splits is 1."""
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    from resnet_fused.triton import launchers, offline
+
+    if triton_kernels.is_interpreted():
+        pytest.skip("the interpreter compiles nothing")
+    x, grad_output, found = *torch.randn(2, 1, channels, 4, 4).bfloat16(), []
+    mean, var, affine = torch.zeros(channels), torch.ones(channels), torch.rand(2, channels).unbind()
+    with offline.intercepted(found.append, H100):
+        launchers.batch_norm_add_relu_train_with_update(x, *affine, x, mean, var, 0.1, 1e-5, True, True)
+        *_, mask = launchers.dual_batch_norm_add_relu_train(x, *affine, x, *affine, 1e-5, 1e-5, True, True)
+        statistics = affine[0], mean, var
+        launchers.dual_batch_norm_add_relu_train_backward(
+            grad_output, x, *statistics, x, *statistics, mask, True, *[True] * 6
+        )
+        launchers.batch_norm_statistics(x)
+        launchers.add_relu_backward(grad_output, launchers.add_relu(x, x, True)[1])
+    assert len({launch.name for launch in found}) >= 7
+    backend = make_backend(offline.TARGETS["9.0"])
+    for launch in found:
+        bind = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
+        values = [launch.arguments[name] for name in launch.kernel.arg_names]
+        bound, specialization, options = bind(*values, num_warps=launch.warps)
+        packed = launch.kernel._pack_args(backend, {"num_warps": launch.warps}, bound, specialization, options)
+        source = launch.source()
+        assert packed[1] == source.signature, launch.name
+        assert packed[2] == source.constants, launch.name
+        assert {at: sorted(what) for at, what in packed[3].items() if what} == source.attrs, launch.name
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_offsets_are_of_64_bits(layout, device, monkeypatch):
     """Of every access to a tile of a tensor or of the mask."""

@@ -14,19 +14,24 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _check(condition, message) -> None:
+    if condition is not True:  # what is symbolic, too; the call alone takes longer than most conditions
+        torch._check(condition, message)
+
+
 def tensor(input: Tensor, name: str) -> None:
     """``input`` has a dtype and a number of dimensions that the operators know."""
-    torch._check(
+    _check(
         input.dtype in DTYPES,
         lambda: f"{name} must be float64, float32, bfloat16 or float16, got {_name(input.dtype)}",
     )
-    torch._check(input.dim() <= MAX_DIMS, lambda: f"{name} must have at most {MAX_DIMS} dimensions, got {input.dim()}")
+    _check(input.dim() <= MAX_DIMS, lambda: f"{name} must have at most {MAX_DIMS} dimensions, got {input.dim()}")
 
 
 def input_tensor(input: Tensor, name: str = "input") -> None:
     """``input`` is (N, C, *) of a dtype that the operators know."""
     tensor(input, name)
-    torch._check(
+    _check(
         input.dim() >= 2,
         lambda: f"{name} must have at least 2 dimensions (N, C, ...), got shape {list(input.shape)}",
     )
@@ -36,11 +41,11 @@ def same_shape(other: Tensor | None, name: str, input: Tensor) -> None:
     """``other`` matches ``input`` in shape, dtype and device."""
     if other is None:
         return
-    torch._check(
+    _check(
         tuple(other.shape) == tuple(input.shape),
         lambda: f"{name} must have the shape of input, got {list(other.shape)} and {list(input.shape)}",
     )
-    torch._check(
+    _check(
         other.dtype == input.dtype,
         lambda: f"{name} must have the dtype of input, got {_name(other.dtype)} and {_name(input.dtype)}",
     )
@@ -57,12 +62,12 @@ def per_channel(vector: Tensor | None, name: str, input: Tensor) -> None:
     """``vector`` is (C,) and of the dtype of ``input`` or of its statistics."""
     if vector is None:
         return
-    torch._check(
+    _check(
         vector.dim() == 1 and vector.shape[0] == input.shape[1],
         lambda: f"{name} must have shape [{input.shape[1]}], one value a channel of input, got {list(vector.shape)}",
     )
     statistics = layout.statistics_dtype(input.dtype)
-    torch._check(
+    _check(
         vector.dtype == input.dtype or vector.dtype == statistics,
         lambda: f"{name} must be {_name(input.dtype)} or {_name(statistics)} for {_name(input.dtype)} input, "
         f"got {_name(vector.dtype)}",
@@ -74,7 +79,7 @@ def one_dtype(*vectors: Tensor | None) -> None:
     """The vectors of one normalization have one dtype, as torch wants it."""
     dtypes = [vector.dtype for vector in vectors if vector is not None]
     for dtype in dtypes[1:]:
-        torch._check(
+        _check(
             dtype == dtypes[0],
             lambda: f"weight, bias and running statistics must have one dtype, got {_name(dtypes[0])} and "
             f"{_name(dtype)}",  # noqa: B023  (called at once)
@@ -83,7 +88,7 @@ def one_dtype(*vectors: Tensor | None) -> None:
 
 def running_update(running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor, var: Tensor) -> None:
     """The running statistics are floating-point vectors as long as the batch's, and where those are."""
-    torch._check(
+    _check(
         mean.dim() == 1 and mean.shape == var.shape,
         lambda: f"mean and var must be (C,) vectors, got {list(mean.shape)} and {list(var.shape)}",
     )
@@ -91,13 +96,13 @@ def running_update(running_mean: Tensor | None, running_var: Tensor | None, mean
     for vector, name in ((mean, "mean"), (var, "var"), (running_mean, "running_mean"), (running_var, "running_var")):
         if vector is None:
             continue
-        torch._check(
+        _check(
             vector.dtype in DTYPES,
             lambda vector=vector, name=name: (
                 f"{name} must be float64, float32, bfloat16 or float16, got {_name(vector.dtype)}"
             ),
         )
-        torch._check(
+        _check(
             vector.shape == mean.shape,
             lambda vector=vector, name=name: (
                 f"{name} must have shape [{mean.shape[0]}], one value a channel of input, got {list(vector.shape)}"
@@ -108,7 +113,7 @@ def running_update(running_mean: Tensor | None, running_var: Tensor | None, mean
 
 def more_than_one_value(input: Tensor) -> None:
     """torch makes no statistics of one value a channel, nor, with a weight, of no channels."""
-    torch._check(
+    _check(
         input.numel() != input.shape[1],
         lambda: f"Expected more than 1 value per channel when training, got input size {list(input.shape)}",
     )
@@ -118,7 +123,7 @@ def mask(mask: Tensor | None, shape: tuple[int, int]) -> None:
     """``mask`` is packed bits of that shape, or none."""
     if mask is None:
         return
-    torch._check(
+    _check(
         mask.dtype == torch.uint8 and tuple(mask.shape) == tuple(shape),
         lambda: f"mask must be uint8 of shape {list(shape)}, got {_name(mask.dtype)} of shape {list(mask.shape)}",
     )

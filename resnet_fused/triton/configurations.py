@@ -35,8 +35,7 @@ class Device(NamedTuple):
 INTERPRETED = Device(1)
 
 
-@dataclasses.dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """A tensor as kernels see it: ``batch`` rows of ``channels`` values, or ``batch`` planes of each channel."""
 
     rows: bool
@@ -123,8 +122,8 @@ def plan(kind: str, problem: Problem, device: Device, sums: int = 0, candidate: 
         channels, others = min(elements // inner, _at_least(problem.channels)), inner
     wanted = device.processors * candidate.resident
     while True:
-        chunks, groups = _chunks(problem, others), _divided(problem.channels, channels)
-        programs = min(max(wanted // max(groups, 1), 1), max(_divided(chunks, group), 1), _BLOCKS_MOST)
+        chunks, groups = _chunks(problem, others), divided(problem.channels, channels)
+        programs = min(max(wanted // max(groups, 1), 1), max(divided(chunks, group), 1), _BLOCKS_MOST)
         if sums:
             most = _PARTIAL_PASSES * problem.count * problem.itemsize / (16 * sums)
             programs = max(min(programs, int(most)), 1)
@@ -139,18 +138,22 @@ def plan(kind: str, problem: Problem, device: Device, sums: int = 0, candidate: 
     return Plan(channels, others, warps, groups, chunks, programs)
 
 
+_planned = functools.lru_cache(maxsize=4096)(plan)
+
+
 def _at_least(size: int) -> int:
     return triton.next_power_of_2(max(size, 1))
 
 
-def _divided(a: int, b: int) -> int:
+def divided(a: int, b: int) -> int:
+    """a / b, rounded up: what triton.cdiv says, which takes ten times as long."""
     return -(-a // b)
 
 
 def _chunks(problem: Problem, others: int) -> int:
     if problem.rows:
-        return _divided(problem.batch, others)
-    return problem.batch * _divided(problem.positions, others)
+        return divided(problem.batch, others)
+    return problem.batch * divided(problem.positions, others)
 
 
 def _inner(size: int, most: int) -> int:
@@ -165,7 +168,7 @@ def _inner(size: int, most: int) -> int:
 
 
 def _waste(size: int, width: int) -> float:
-    whole = _divided(size, width) * width
+    whole = divided(size, width) * width
     return (whole - size) / max(whole, 1)
 
 
@@ -184,17 +187,17 @@ def choose(kind: str, problem: Problem, device: torch.device, sums: int, attempt
     """The plan of a pass; with autotuning the fastest, where ``attempt`` makes the pass and changes nothing."""
     of_device = device_of(device)
     if not AUTOTUNE or not problem.count:
-        return plan(kind, problem, of_device, sums)
+        return _planned(kind, problem, of_device, sums)
     cache = Cache.of(device)
     key = f"{kind} {problem} {sums}"
     found = cache.get(key)
     if found is None:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return plan(kind, problem, of_device, sums)  # nothing can be timed then
-        times = {c: _time(attempt, plan(kind, problem, of_device, sums, c)) for c in SEARCHED}
+            return _planned(kind, problem, of_device, sums)  # nothing can be timed then
+        times = {c: _time(attempt, _planned(kind, problem, of_device, sums, c)) for c in SEARCHED}
         found = min(times, key=times.get)
         cache.put(key, found)
-    return plan(kind, problem, of_device, sums, found)
+    return _planned(kind, problem, of_device, sums, found)
 
 
 def _time(attempt: Callable[[Plan], object], chosen: Plan) -> float:

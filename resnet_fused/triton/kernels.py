@@ -22,6 +22,12 @@ import triton.language as tl
 MERGED: tl.constexpr = tl.constexpr(8)
 
 
+# Numbers whose values are not compiled in: units say what 16 divides, and one image needs no kernel of its own.
+_SIZES = ["batch", "channels", "channel_units", "position_units", "units", "count", "width"]
+_STRIDES = ["mean_stride", "var_stride", "mean_stride2", "var_stride2"]
+_NUMBERS = [*_SIZES, *_STRIDES, "chunks", "splits", "programs", "terms"]
+
+
 # Where a program is.
 
 
@@ -160,7 +166,7 @@ def _merged(partials, k, SUMS: tl.constexpr, splits, channel, there, channels):
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NUMBERS)
 def batch_norm_merge_kernel(partials, merged, splits, width, COLUMNS: tl.constexpr, SPLITS: tl.constexpr):
     """(splits, width) of each branch added up over the splits, where every program of the next pass would have too many
     of them to add up.
@@ -250,7 +256,7 @@ def _shift(x, channel, there, batch, channels, positions, ROWS: tl.constexpr):
     return tl.where(median - median == 0, median, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NUMBERS)
 def batch_norm_statistics_kernel(
     x,
     x2,
@@ -351,7 +357,7 @@ def _update(running_mean, mean_stride, running_var, var_stride, channel, known, 
         _update_running(running_var, var_stride, channel, known, unbiased * var.to(tl.float64), momentum)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NUMBERS)
 def batch_norm_finish_statistics_kernel(
     partials,
     shifts,
@@ -371,7 +377,7 @@ def batch_norm_finish_statistics_kernel(
     tl.store(var + channel, v, mask=known)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NUMBERS)
 def running_stats_update_kernel(
     running_mean,
     mean_stride,
@@ -441,7 +447,7 @@ def _normalization(
         return m, _vector(weight, channel, known, 1.0, DOUBLE) * i
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NUMBERS)
 def batch_norm_forward_kernel(
     x,
     weight,
@@ -616,7 +622,7 @@ def _origin(mean, TYPE: tl.constexpr):
     return tl.where(origin - origin == 0, origin, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NUMBERS)
 def batch_norm_backward_reduce_kernel(
     gradient,
     gradient2,
@@ -780,7 +786,7 @@ def _invstd(invstd, var, channel, known, EPS: tl.constexpr, DOUBLE: tl.constexpr
     return _scale(None, invstd, var, channel, known, EPS, DOUBLE).to(tl.float64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NUMBERS)
 def batch_norm_finish_sums_kernel(
     gradient,
     partials,
@@ -829,7 +835,7 @@ def _input_gradient(kept, difference, slope, mean_grad, scale, CONSTANT: tl.cons
         return _fma(-difference, slope, kept - mean_grad) * scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NUMBERS)
 def batch_norm_backward_kernel(
     gradient,
     gradient2,
@@ -957,7 +963,7 @@ def batch_norm_backward_kernel(
 # Addition and ReLU.
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NUMBERS)
 def add_relu_forward_kernel(x, residual, output, mask, units, UNIT: tl.constexpr, BLOCK: tl.constexpr):
     """relu(x + residual) over elements in memory order, whose bits are one run."""
     numel = tl.cast(units, tl.int64) * UNIT
@@ -973,7 +979,7 @@ def add_relu_forward_kernel(x, residual, output, mask, units, UNIT: tl.constexpr
         tl.store(mask + byte[None, :], bits, mask=(byte < (numel + 7) // 8)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NUMBERS)
 def add_relu_backward_kernel(gradient, mask, grad_input, units, UNIT: tl.constexpr, BLOCK: tl.constexpr):
     """The gradient of both operands."""
     numel = tl.cast(units, tl.int64) * UNIT

@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable
 
 import torch
-import triton
 from torch import Tensor
 
 from ..ops import checks, layout
@@ -43,7 +42,8 @@ def _launch(kernel, grid: tuple[int, ...], warps: int, arguments: dict) -> None:
     if getattr(_state, "traced", False):
         torch.library.wrap_triton(kernel)[grid](num_warps=warps, **arguments)
     else:
-        kernel[grid](num_warps=warps, **arguments)
+        # In order: by name they take Triton twice as long.
+        kernel[grid](*[arguments[name] for name in kernel.arg_names], num_warps=warps)
 
 
 def _on(input: Tensor):
@@ -55,10 +55,14 @@ def _on(input: Tensor):
     return contextlib.nullcontext()
 
 
-# Tensors.
+# Tensors. What follows is told whether the operator works in channels_last, and asks no tensor again.
 
 
-def _problem(input: Tensor, channels_last: bool | None) -> Problem:
+def _works_in_channels_last(input: Tensor, asked: bool | None) -> bool:
+    return layout.is_channels_last(input) if asked is None else asked
+
+
+def _problem(input: Tensor, channels_last: bool) -> Problem:
     """An input without gaps, in that format."""
     batch, channels = input.shape[:2]
     positions = 1
@@ -69,7 +73,7 @@ def _problem(input: Tensor, channels_last: bool | None) -> Problem:
     return Problem(False, batch, channels, positions, input.dtype.itemsize)
 
 
-def _like(input: Tensor, channels_last: bool | None) -> Tensor:
+def _like(input: Tensor, channels_last: bool) -> Tensor:
     """A new tensor without gaps, in that format. Not by empty_like, which Inductor takes for a tensor to be filled."""
     innermost_first = list(range(input.dim()))[::-1]
     if layout.format_of(input, channels_last) != torch.contiguous_format:
@@ -89,7 +93,7 @@ def _nothing(input: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return input.new_empty(0, dtype=dtype or input.dtype)
 
 
-def _new_mask(wanted: bool, input: Tensor, channels_last: bool | None) -> Tensor:
+def _new_mask(wanted: bool, input: Tensor, channels_last: bool) -> Tensor:
     return input.new_empty(layout.mask_shape(input, channels_last) if wanted else 0, dtype=torch.uint8)
 
 
@@ -162,7 +166,7 @@ def _merged(partials: Tensor) -> Tensor:
     arguments = {"partials": partials, "merged": merged, "splits": splits, "width": width}
     _launch(
         kernels.batch_norm_merge_kernel,
-        (triton.cdiv(width, 16), branches),
+        (configurations.divided(width, 16), branches),
         4,
         arguments | {"COLUMNS": 16, "SPLITS": 64},
     )
@@ -215,7 +219,7 @@ def _forward_pass(
     residual: Tensor | None,
     relu: bool,
     save_mask: bool,
-    channels_last: bool | None,
+    channels_last: bool,
 ) -> tuple[Tensor, Tensor]:
     """The output and its mask, from statistics or the sums that they are made of."""
     x = first.input
@@ -260,6 +264,7 @@ def _train(
 ) -> tuple[Tensor, Tensor]:
     """Output and mask; the branches get their statistics."""
     x = branches[0].input
+    channels_last = _works_in_channels_last(x, channels_last)
     for branch in branches:
         branch.input = layout.dense(branch.input, x, channels_last)
     x = branches[0].input
@@ -285,6 +290,7 @@ def _apply(
 ) -> tuple[Tensor, Tensor]:
     """Output and mask with statistics that are given."""
     x = first.input
+    channels_last = _works_in_channels_last(x, channels_last)
     first.input = layout.dense(x, x, channels_last)
     if second is not None:
         second.input = layout.dense(second.input, x, channels_last)
@@ -423,8 +429,9 @@ def batch_norm_add_relu_apply(input, weight, bias, residual, mean, invstd, relu,
 
 def batch_norm_statistics(input):
     checks.input_tensor(input)
-    x = layout.dense(input, input)
-    problem = _problem(x, None)
+    channels_last = layout.is_channels_last(input)
+    x = layout.dense(input, input, channels_last)
+    problem = _problem(x, channels_last)
     mean, var = _statistic(x), _statistic(x)
     if problem.channels:
         with _on(x):
@@ -440,7 +447,7 @@ def batch_norm_statistics(input):
                 "DOUBLE": x.dtype == torch.float64,
                 "CHANNELS": _CHANNELS,
             }
-            grid = (triton.cdiv(problem.channels, _CHANNELS),)
+            grid = (configurations.divided(problem.channels, _CHANNELS),)
             _launch(kernels.batch_norm_finish_statistics_kernel, grid, 4, arguments)
     return mean, var
 
@@ -462,6 +469,7 @@ class _Backward:
         channels_last: bool | None = None,
     ):
         x = first.input
+        channels_last = _works_in_channels_last(x, channels_last)
         first.input = layout.dense(x, x, channels_last)
         if second is not None:
             second.input = layout.dense(second.input, x, channels_last)
@@ -562,7 +570,7 @@ class _Backward:
             "CHANNELS": _CHANNELS,
         }
         arguments |= first.vectors("", "mean", "var", "invstd") | second.vectors("2", "mean", "var", "invstd")
-        grid = (triton.cdiv(self.problem.channels, _CHANNELS),)
+        grid = (configurations.divided(self.problem.channels, _CHANNELS),)
         _launch(kernels.batch_norm_finish_sums_kernel, grid, 4, arguments | self._vectors)
 
     def apply(
@@ -754,12 +762,13 @@ def _block(tensor: Tensor) -> tuple[dict, tuple[int]]:
     """Arguments and grid of a pass over elements in memory order."""
     numel, block = tensor.numel(), _ADD_BYTES // tensor.dtype.itemsize
     unit = configurations.unit_of(numel)
-    return {"units": numel // unit, "UNIT": unit, "BLOCK": block}, (triton.cdiv(numel, block),)
+    return {"units": numel // unit, "UNIT": unit, "BLOCK": block}, (configurations.divided(numel, block),)
 
 
 def add_relu(input, residual, save_mask, channels_last=None):
     checks.tensor(input, "input")
     checks.same_shape(residual, "residual", input)
+    channels_last = _works_in_channels_last(input, channels_last)
     x, residual = (layout.dense(operand, input, channels_last) for operand in (input, residual))
     output = _like(x, channels_last)
     mask = x.new_empty((1, (x.numel() + 7) // 8) if save_mask else 0, dtype=torch.uint8)
@@ -775,6 +784,7 @@ def add_relu_backward(grad_output, mask, channels_last=None):
     checks.tensor(grad_output, "grad_output")
     checks.mask(mask, (1, (grad_output.numel() + 7) // 8))
     checks.same_device(mask, "mask", grad_output)
+    channels_last = _works_in_channels_last(grad_output, channels_last)
     gradient = layout.dense(grad_output, grad_output, channels_last)
     grad_input = _like(gradient, channels_last)
     if gradient.numel():
@@ -800,4 +810,4 @@ def update_running_stats(running_mean, running_var, mean, var, momentum, count):
         "CHANNELS": _CHANNELS,
     }
     with _on(mean):
-        _launch(kernels.running_stats_update_kernel, (triton.cdiv(channels, _CHANNELS),), 1, arguments)
+        _launch(kernels.running_stats_update_kernel, (configurations.divided(channels, _CHANNELS),), 1, arguments)

@@ -78,10 +78,8 @@ def _type(value, annotated: str, constant: bool) -> str:
 
 
 def _divisible(value) -> bool:
-    if isinstance(value, torch.Tensor):
-        # The allocator of a GPU gives no less; of a fake tensor only the offset is known.
-        return value.storage_offset() * value.dtype.itemsize % 16 == 0
-    return isinstance(value, int) and value % 16 == 0
+    # The allocator of a GPU gives no less; of a fake tensor only the offset is known. Of numbers Triton is not to know.
+    return isinstance(value, torch.Tensor) and value.storage_offset() * value.dtype.itemsize % 16 == 0
 
 
 @contextlib.contextmanager
