@@ -107,6 +107,56 @@ inline void check_one_dtype(std::initializer_list<const MaybeTensor*> vectors) {
   }
 }
 
+// What the forward operators ask of a branch, of a second one, and of running statistics that they use or update.
+inline void check_branch(const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias) {
+  check_input(input);
+  check_per_channel(weight, "weight", input);
+  check_per_channel(bias, "bias", input);
+}
+
+inline void check_second(const Tensor& input, const Tensor& input2, const MaybeTensor& weight2,
+                         const MaybeTensor& bias2) {
+  check_same(input2, "input2", input);
+  check_per_channel(weight2, "weight2", input);
+  check_per_channel(bias2, "bias2", input);
+}
+
+inline void check_running(const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias,
+                          const MaybeTensor& running_mean, const MaybeTensor& running_var, const std::string& suffix) {
+  check_per_channel(running_mean, ("running_mean" + suffix).c_str(), input);
+  check_per_channel(running_var, ("running_var" + suffix).c_str(), input);
+  check_one_dtype({&weight, &bias, &running_mean, &running_var});
+}
+
+inline void check_backward(const Tensor& grad_output, const Tensor& input, const MaybeTensor& weight,
+                           const MaybeTensor& bias, const Tensor& mean, const Tensor& spread) {
+  check_input(input);
+  check_same(grad_output, "grad_output", input);
+  check_per_channel(weight, "weight", input);
+  check_per_channel(bias, "bias", input);
+  check_per_channel(mean, "mean", input);
+  check_per_channel(spread, "invstd or running_var", input);
+}
+
+// Statistics of a batch, and the running ones that they update: (C,) vectors on one device.
+inline void check_running_update(const MaybeTensor& running_mean, const MaybeTensor& running_var, const Tensor& mean,
+                                 const Tensor& var) {
+  STD_TORCH_CHECK(mean.dim() == 1 && var.dim() == 1 && mean.size(0) == var.size(0),
+                  "mean and var must be (C,) vectors, got ", shape_text(mean), " and ", shape_text(var));
+  check_tensor(mean, "mean");
+  check_tensor(var, "var");
+  check_device(var, "var", mean);
+  const auto check = [&](const MaybeTensor& running, const char* name) {
+    if (!running) return;
+    check_tensor(*running, name);
+    STD_TORCH_CHECK(running->dim() == 1 && running->size(0) == mean.size(0), name, " must have shape [", mean.size(0),
+                    "], one value a channel of input, got ", shape_text(*running));
+    check_device(*running, name, mean);
+  };
+  check(running_mean, "running_mean");
+  check(running_var, "running_var");
+}
+
 // Gives the mask without gaps: whoever kept it between forward and backward may have changed its strides.
 inline Tensor checked_mask(const Tensor& mask, int64_t outer, int64_t bytes, const Tensor& input) {
   const bool fits = mask.dim() == 2 && mask.size(0) == outer && mask.size(1) == bytes;

@@ -254,16 +254,6 @@ struct Gradients {
   BackwardArguments<T> a{};
 };
 
-void check_backward(const Tensor& grad_output, const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias,
-                    const Tensor& mean, const Tensor& spread) {
-  check_input(input);
-  check_same(grad_output, "grad_output", input);
-  check_per_channel(weight, "weight", input);
-  check_per_channel(bias, "bias", input);
-  check_per_channel(mean, "mean", input);
-  check_per_channel(spread, "invstd or running_var", input);
-}
-
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 

@@ -61,12 +61,6 @@ void run(const ForwardArguments<T>& arguments) {
   });
 }
 
-void check_eval_dtypes(const MaybeTensor& weight, const MaybeTensor& bias, const Tensor& running_mean,
-                       const Tensor& running_var) {
-  const MaybeTensor mean(running_mean), var(running_var);
-  check_one_dtype({&weight, &bias, &mean, &var});
-}
-
 // Statistics and normalization.
 template <typename T>
 void run_training(const ForwardArguments<T>& arguments, Branch<T>& branch, Branch<T>* branch2) {
@@ -89,9 +83,7 @@ void run_training(const ForwardArguments<T>& arguments, Branch<T>& branch, Branc
 template <typename Results>
 auto train(const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& residual,
            double eps, bool relu, bool save_mask, std::optional<bool> channels_last, const Results& results) {
-  check_input(input);
-  check_per_channel(weight, "weight", input);
-  check_per_channel(bias, "bias", input);
+  check_branch(input, weight, bias);
   check_same(residual, "residual", input);
   return dispatch(input.scalar_type(), [&]<typename T>() {
     Branch<T> branch(input, format_of(input, channels_last), weight, bias, eps);
@@ -106,12 +98,8 @@ template <typename Results>
 auto train_dual(const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias, const Tensor& input2,
                 const MaybeTensor& weight2, const MaybeTensor& bias2, double eps, double eps2, bool relu,
                 bool save_mask, std::optional<bool> channels_last, const Results& results) {
-  check_input(input);
-  check_per_channel(weight, "weight", input);
-  check_per_channel(bias, "bias", input);
-  check_same(input2, "input2", input);
-  check_per_channel(weight2, "weight2", input);
-  check_per_channel(bias2, "bias2", input);
+  check_branch(input, weight, bias);
+  check_second(input, input2, weight2, bias2);
   return dispatch(input.scalar_type(), [&]<typename T>() {
     Branch<T> branch(input, format_of(input, channels_last), weight, bias, eps);
     Branch<T> branch2(input2, branch.format, weight2, bias2, eps2);
@@ -120,15 +108,6 @@ auto train_dual(const Tensor& input, const MaybeTensor& weight, const MaybeTenso
     run_training<T>(out.arguments, branch, &branch2);
     return results(branch, branch2, out);
   });
-}
-
-// What running statistics must be for an update: of the shape of weight and bias, and of their dtype.
-void check_update(const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias,
-                  const MaybeTensor& running_mean, const MaybeTensor& running_var, const char* mean_name,
-                  const char* var_name) {
-  check_per_channel(running_mean, mean_name, input);
-  check_per_channel(running_var, var_name, input);
-  check_one_dtype({&weight, &bias, &running_mean, &running_var});
 }
 
 }  // namespace
@@ -147,7 +126,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_add_relu_train_wit
     const MaybeTensor& running_mean, const MaybeTensor& running_var, double momentum, double eps, bool relu,
     bool save_mask) {
   check_input(input);
-  check_update(input, weight, bias, running_mean, running_var, "running_mean", "running_var");
+  check_running(input, weight, bias, running_mean, running_var, "");
   check_count(input);
   const Tensor saved_bias = bias && save_mask && !(relu && residual)
                                 ? torch::stable::clone(*bias)
@@ -176,8 +155,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_batch_norm_add_r
     const MaybeTensor& running_mean2, const MaybeTensor& running_var2, double momentum, double momentum2, double eps,
     double eps2, bool relu, bool save_mask) {
   check_input(input);
-  check_update(input, weight, bias, running_mean, running_var, "running_mean", "running_var");
-  check_update(input, weight2, bias2, running_mean2, running_var2, "running_mean2", "running_var2");
+  check_running(input, weight, bias, running_mean, running_var, "");
+  check_running(input, weight2, bias2, running_mean2, running_var2, "2");
   check_count(input);
   const auto results = [&](const auto& branch, const auto& branch2, const auto& out) {
     branch.update(running_mean, running_var, momentum);
@@ -192,13 +171,9 @@ std::tuple<Tensor, Tensor> batch_norm_add_relu_eval(const Tensor& input, const M
                                                     const MaybeTensor& bias, const MaybeTensor& residual,
                                                     const Tensor& running_mean, const Tensor& running_var, double eps,
                                                     bool relu, bool save_mask, std::optional<bool> channels_last) {
-  check_input(input);
-  check_per_channel(weight, "weight", input);
-  check_per_channel(bias, "bias", input);
+  check_branch(input, weight, bias);
   check_same(residual, "residual", input);
-  check_per_channel(running_mean, "running_mean", input);
-  check_per_channel(running_var, "running_var", input);
-  check_eval_dtypes(weight, bias, running_mean, running_var);
+  check_running(input, weight, bias, running_mean, running_var, "");
   return dispatch(input.scalar_type(), [&]<typename T>() {
     Branch<T> branch(input, format_of(input, channels_last), weight, bias, eps);
     branch.take_var(running_mean, running_var);
@@ -215,18 +190,10 @@ std::tuple<Tensor, Tensor> dual_batch_norm_add_relu_eval(const Tensor& input, co
                                                          const Tensor& running_mean2, const Tensor& running_var2,
                                                          double eps, double eps2, bool relu, bool save_mask,
                                                          std::optional<bool> channels_last) {
-  check_input(input);
-  check_per_channel(weight, "weight", input);
-  check_per_channel(bias, "bias", input);
-  check_per_channel(running_mean, "running_mean", input);
-  check_per_channel(running_var, "running_var", input);
-  check_same(input2, "input2", input);
-  check_per_channel(weight2, "weight2", input);
-  check_per_channel(bias2, "bias2", input);
-  check_per_channel(running_mean2, "running_mean2", input);
-  check_per_channel(running_var2, "running_var2", input);
-  check_eval_dtypes(weight, bias, running_mean, running_var);
-  check_eval_dtypes(weight2, bias2, running_mean2, running_var2);
+  check_branch(input, weight, bias);
+  check_second(input, input2, weight2, bias2);
+  check_running(input, weight, bias, running_mean, running_var, "");
+  check_running(input, weight2, bias2, running_mean2, running_var2, "2");
   return dispatch(input.scalar_type(), [&]<typename T>() {
     Branch<T> branch(input, format_of(input, channels_last), weight, bias, eps);
     Branch<T> branch2(input2, branch.format, weight2, bias2, eps2);
@@ -243,9 +210,7 @@ std::tuple<Tensor, Tensor> batch_norm_add_relu_apply(const Tensor& input, const 
                                                      const MaybeTensor& bias, const MaybeTensor& residual,
                                                      const Tensor& mean, const Tensor& invstd, bool relu,
                                                      bool save_mask, std::optional<bool> channels_last) {
-  check_input(input);
-  check_per_channel(weight, "weight", input);
-  check_per_channel(bias, "bias", input);
+  check_branch(input, weight, bias);
   check_same(residual, "residual", input);
   check_per_channel(mean, "mean", input);
   check_per_channel(invstd, "invstd", input);

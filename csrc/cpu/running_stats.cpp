@@ -28,14 +28,6 @@ void update(const MaybeTensor& running, const From& batch, int64_t channels, dou
 
 }  // namespace
 
-void check_running(const MaybeTensor& running, const char* name, int64_t channels) {
-  if (!running) return;
-  check_tensor(*running, name);
-  STD_TORCH_CHECK(running->dim() == 1 && running->size(0) == channels, name, " must have shape [", channels,
-                  "], one value a channel of input, got ", shape_text(*running));
-  STD_TORCH_CHECK(running->is_cpu(), name, " must be on the device of input");
-}
-
 template <typename C>
 void update_running(const MaybeTensor& running_mean, const MaybeTensor& running_var, const Vector<C>& mean,
                     const Vector<C>& var, int64_t channels, double momentum, int64_t count) {
@@ -54,13 +46,8 @@ namespace {
 
 void update_running_stats(const MaybeTensor& running_mean, const MaybeTensor& running_var, const Tensor& mean,
                           const Tensor& var, double momentum, int64_t count) {
-  STD_TORCH_CHECK(mean.dim() == 1 && var.dim() == 1 && mean.size(0) == var.size(0),
-                  "mean and var must be (C,) vectors, got ", shape_text(mean), " and ", shape_text(var));
-  check_tensor(mean, "mean");
-  check_tensor(var, "var");
+  check_running_update(running_mean, running_var, mean, var);
   const int64_t channels = mean.size(0);
-  check_running(running_mean, "running_mean", channels);
-  check_running(running_var, "running_var", channels);
   update_running(running_mean, running_var, values<double>(mean, channels, 0), values<double>(var, channels, 0),
                  channels, momentum, count);
 }

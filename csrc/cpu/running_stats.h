@@ -5,8 +5,6 @@
 
 namespace resnet_fused::cpu {
 
-void check_running(const MaybeTensor& running, const char* name, int64_t channels);
-
 // var is the biased variance of count values a channel; the running one is unbiased.
 template <typename C>
 void update_running(const MaybeTensor& running_mean, const MaybeTensor& running_var, const Vector<C>& mean,

@@ -75,9 +75,7 @@ std::tuple<Output, Trained> train(const char* name, const Tensor& input, const M
                                   const MaybeTensor& bias, const MaybeTensor& residual, const Running* running,
                                   double eps, bool relu, bool save_mask, std::optional<bool> channels_last,
                                   const MaybeTensor& saved_bias = std::nullopt) {
-  check_input(input);
-  check_per_channel(weight, "weight", input);
-  check_per_channel(bias, "bias", input);
+  check_branch(input, weight, bias);
   check_same(residual, "residual", input);
   Call call(name, input);
   const MemoryFormat format = format_of(input, channels_last);
@@ -114,12 +112,8 @@ std::tuple<Output, Trained, Trained> train_dual(const char* name, const Tensor& 
                                                 const MaybeTensor& weight2, const MaybeTensor& bias2,
                                                 const Running* running2, double eps, double eps2, bool relu,
                                                 bool save_mask, std::optional<bool> channels_last) {
-  check_input(input);
-  check_per_channel(weight, "weight", input);
-  check_per_channel(bias, "bias", input);
-  check_same(input2, "input2", input);
-  check_per_channel(weight2, "weight2", input);
-  check_per_channel(bias2, "bias2", input);
+  check_branch(input, weight, bias);
+  check_second(input, input2, weight2, bias2);
   Call call(name, input);
   const MemoryFormat format = format_of(input, channels_last);
   const Tensor x = dense(input, format), x2 = dense(input2, format);
@@ -146,21 +140,6 @@ std::tuple<Output, Trained, Trained> train_dual(const char* name, const Tensor& 
   return {out, first, second};
 }
 
-void check_eval_dtypes(const MaybeTensor& weight, const MaybeTensor& bias, const Tensor& running_mean,
-                       const Tensor& running_var) {
-  const MaybeTensor mean(running_mean), var(running_var);
-  check_one_dtype({&weight, &bias, &mean, &var});
-}
-
-// What running statistics must be for an update: of the shape of weight and bias, and of their dtype.
-void check_update(const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias,
-                  const MaybeTensor& running_mean, const MaybeTensor& running_var, const char* mean_name,
-                  const char* var_name) {
-  check_per_channel(running_mean, mean_name, input);
-  check_per_channel(running_var, var_name, input);
-  check_one_dtype({&weight, &bias, &running_mean, &running_var});
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_add_relu_train(
@@ -176,7 +155,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_add_relu_train_wit
     const MaybeTensor& running_mean, const MaybeTensor& running_var, double momentum, double eps, bool relu,
     bool save_mask) {
   check_input(input);
-  check_update(input, weight, bias, running_mean, running_var, "running_mean", "running_var");
+  check_running(input, weight, bias, running_mean, running_var, "");
   check_count(input);
   const bool save_bias = bias && save_mask && !(relu && residual);
   const ScalarType dtype = bias ? bias->scalar_type() : statistics_dtype(input.scalar_type());
@@ -203,8 +182,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_batch_norm_add_r
     const MaybeTensor& running_mean2, const MaybeTensor& running_var2, double momentum, double momentum2, double eps,
     double eps2, bool relu, bool save_mask) {
   check_input(input);
-  check_update(input, weight, bias, running_mean, running_var, "running_mean", "running_var");
-  check_update(input, weight2, bias2, running_mean2, running_var2, "running_mean2", "running_var2");
+  check_running(input, weight, bias, running_mean, running_var, "");
+  check_running(input, weight2, bias2, running_mean2, running_var2, "2");
   check_count(input);
   const Running running{running_mean, running_var, momentum}, running2{running_mean2, running_var2, momentum2};
   const auto [out, first, second] =
@@ -217,13 +196,9 @@ std::tuple<Tensor, Tensor> batch_norm_add_relu_eval(const Tensor& input, const M
                                                     const MaybeTensor& bias, const MaybeTensor& residual,
                                                     const Tensor& running_mean, const Tensor& running_var, double eps,
                                                     bool relu, bool save_mask, std::optional<bool> channels_last) {
-  check_input(input);
-  check_per_channel(weight, "weight", input);
-  check_per_channel(bias, "bias", input);
+  check_branch(input, weight, bias);
   check_same(residual, "residual", input);
-  check_per_channel(running_mean, "running_mean", input);
-  check_per_channel(running_var, "running_var", input);
-  check_eval_dtypes(weight, bias, running_mean, running_var);
+  check_running(input, weight, bias, running_mean, running_var, "");
   const Call call("batch_norm_add_relu_eval", input);
   const MemoryFormat format = format_of(input, channels_last);
   const Tensor x = dense(input, format);
@@ -241,18 +216,10 @@ std::tuple<Tensor, Tensor> dual_batch_norm_add_relu_eval(const Tensor& input, co
                                                          const Tensor& running_mean2, const Tensor& running_var2,
                                                          double eps, double eps2, bool relu, bool save_mask,
                                                          std::optional<bool> channels_last) {
-  check_input(input);
-  check_per_channel(weight, "weight", input);
-  check_per_channel(bias, "bias", input);
-  check_per_channel(running_mean, "running_mean", input);
-  check_per_channel(running_var, "running_var", input);
-  check_same(input2, "input2", input);
-  check_per_channel(weight2, "weight2", input);
-  check_per_channel(bias2, "bias2", input);
-  check_per_channel(running_mean2, "running_mean2", input);
-  check_per_channel(running_var2, "running_var2", input);
-  check_eval_dtypes(weight, bias, running_mean, running_var);
-  check_eval_dtypes(weight2, bias2, running_mean2, running_var2);
+  check_branch(input, weight, bias);
+  check_second(input, input2, weight2, bias2);
+  check_running(input, weight, bias, running_mean, running_var, "");
+  check_running(input, weight2, bias2, running_mean2, running_var2, "2");
   const Call call("dual_batch_norm_add_relu_eval", input);
   const MemoryFormat format = format_of(input, channels_last);
   const Tensor x = dense(input, format), x2 = dense(input2, format);
@@ -269,9 +236,7 @@ std::tuple<Tensor, Tensor> batch_norm_add_relu_apply(const Tensor& input, const 
                                                      const MaybeTensor& bias, const MaybeTensor& residual,
                                                      const Tensor& mean, const Tensor& invstd, bool relu,
                                                      bool save_mask, std::optional<bool> channels_last) {
-  check_input(input);
-  check_per_channel(weight, "weight", input);
-  check_per_channel(bias, "bias", input);
+  check_branch(input, weight, bias);
   check_same(residual, "residual", input);
   check_per_channel(mean, "mean", input);
   check_per_channel(invstd, "invstd", input);

@@ -36,24 +36,9 @@ Tensor add_relu_backward(const Tensor& grad_output, const Tensor& mask, std::opt
 
 namespace {
 
-void check_running(const MaybeTensor& running, const char* name, const Tensor& mean) {
-  if (!running) return;
-  const int64_t channels = mean.size(0);
-  check_tensor(*running, name);
-  STD_TORCH_CHECK(running->dim() == 1 && running->size(0) == channels, name, " must have shape [", channels,
-                  "], one value a channel of input, got ", shape_text(*running));
-  check_device(*running, name, mean);
-}
-
 void update_running_stats(const MaybeTensor& running_mean, const MaybeTensor& running_var, const Tensor& mean,
                           const Tensor& var, double momentum, int64_t count) {
-  STD_TORCH_CHECK(mean.dim() == 1 && var.dim() == 1 && mean.size(0) == var.size(0),
-                  "mean and var must be (C,) vectors, got ", shape_text(mean), " and ", shape_text(var));
-  check_tensor(mean, "mean");
-  check_tensor(var, "var");
-  check_device(var, "var", mean);
-  check_running(running_mean, "running_mean", mean);
-  check_running(running_var, "running_var", mean);
+  check_running_update(running_mean, running_var, mean, var);
   const Call call("update_running_stats", mean);
   call.check(launch_running_stats(
       {output_of(running_mean), output_of(running_var), values(mean), values(var), mean.size(0), count, momentum},
