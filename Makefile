@@ -93,6 +93,7 @@ lint: $(DEPENDENCIES)
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 	$(BIN)/python tools/check_includes.py
+	$(BIN)/python tools/check_imports.py resnet_fused benchmarks tools tests
 
 pytest: $(BUILT)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests $(ARGS)

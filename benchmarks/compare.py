@@ -5,7 +5,7 @@ Operator::
     python -m benchmarks.compare --batch 8 --layout nchw                 # every site of ResNet-50, as it occurs
     python -m benchmarks.compare --batch 8 --layout nchw --kind residual # every shape of it, with a residual
     python -m benchmarks.compare --batch 8 --forward                     # without the backward
-    python -m benchmarks.compare --host                                  # 2x8x2x2: what the host adds
+    python -m benchmarks.compare --host                                  # what the host adds: 2x8x2x2, blocks, networks
     python -m benchmarks.compare --small --batch 2                       # 64 channels, from 2x2 up: where fusing pays
 
 Network::
@@ -30,16 +30,14 @@ import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
-from resnet_fused.doctor import serves
+from resnet_fused.cli.doctor import serves
 from resnet_fused.measure import in_turn, median_ratio
 
-from . import device
+from . import device, host
 from .networks import INFERENCE_VARIANTS, Network
 from .networks import VARIANTS as NETWORK_VARIANTS
-from .operator import LAYOUTS, VARIANTS, Case, Operator
+from .operator import DTYPES, LAYOUTS, VARIANTS, Case, Operator
 from .shapes import KINDS, Site, as_residual, sites
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 @dataclasses.dataclass
@@ -98,7 +96,7 @@ def operators(options: argparse.Namespace) -> Iterator[Comparison]:
         yield _operator(case, count, backward, options)
 
 
-def host(options: argparse.Namespace) -> Iterator[Comparison]:
+def host_operator(options: argparse.Namespace) -> Iterator[Comparison]:
     """A tensor so small that only the work of the host counts."""
     yield _operator(Case(Site(8, 2, 2, "residual"), 2, options.layout), 1, not options.forward, options, calls=50)
 
@@ -180,7 +178,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__.partition("\n")[0])
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--model", help="a torchvision ResNet: compare its training step in place of the operator")
-    what.add_argument("--host", action="store_true", help="the operator on a 2x8x2x2 tensor")
+    what.add_argument("--host", action="store_true", help="what the host adds: tiny operator, blocks, ResNets")
     what.add_argument("--small", action="store_true", help="the operator on 64 channels of 2x2 to 56x56")
     parser.add_argument("--shapes", default="resnet50", help="the network whose sites are taken (default: %(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
@@ -224,10 +222,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(comparisons[0].name)
         print(tabulate(network_rows(comparisons[0]), NETWORK_HEADERS, tablefmt="simple", floatfmt=NETWORK_FORMATS))
     else:
-        comparisons = list((host if options.host else small if options.small else operators)(options))
+        comparisons = list((host_operator if options.host else small if options.small else operators)(options))
         rows = [comparison.row() for comparison in comparisons]
         print(tabulate(rows, HEADERS, tablefmt="simple", floatfmt=FORMATS))
         print(summary(comparisons))
+        if options.host:
+            print(tabulate(host.rows(options), host.HEADERS, tablefmt="simple", floatfmt=host.FORMATS))
     if options.csv:
         write_csv(options.csv, comparisons, options)
     return 0

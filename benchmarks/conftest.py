@@ -6,7 +6,7 @@ import pytest
 import torch
 from tabulate import tabulate
 
-from resnet_fused.doctor import serves
+from resnet_fused.cli.doctor import serves
 
 from . import device
 

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from resnet_fused.functional import batch_norm_add_relu, dual_batch_norm_add_relu
 
-from . import device
+from . import apex_operator, device
 from .check import assert_no_worse
 from .shapes import Site
 
 EPS, MOMENTUM = 1e-5, 0.1
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 VARIANTS = ("eager", "fused", "compile")
 
@@ -120,9 +121,7 @@ class Operator:
     def forward(self, variant: str) -> Callable[[], Tensor]:
         """The forward of a variant, ready to be called."""
         if variant == "apex":
-            from . import apex_operator
-
-            return apex_operator.forward(self)
+            return apex_operator.forward(self.main, self.residual)
         return {"eager": lambda: self.eager, "fused": lambda: self.fused, "compile": self.compiled}[variant]()
 
     def call(self, variant: str, backward: bool) -> Callable[[], object]:

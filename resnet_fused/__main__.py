@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _examples() -> str:
-    from .model_names import PACKAGES
+    from .cli.model_names import PACKAGES
 
     return ", ".join(package.example for package in PACKAGES.values())
 
@@ -92,7 +92,7 @@ def _several(text: str) -> int:
 
 
 def _bytes(text: str) -> int:
-    from .memory import bytes_of
+    from .cli.memory import bytes_of
 
     try:
         return bytes_of(text)
@@ -101,7 +101,7 @@ def _bytes(text: str) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from . import doctor
+    from .cli import doctor
 
     findings = doctor.examine()
     print(json.dumps(findings, indent=2) if options.json else doctor.render(findings))
@@ -109,8 +109,8 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from .model_names import ModelError
-    from .report import report, why
+    from .cli.model_names import ModelError
+    from .cli.report import report, why
 
     try:
         found = report(options.model)
@@ -124,8 +124,8 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _memory(options: argparse.Namespace) -> int:
-    from . import memory
-    from .model_names import ModelError
+    from .cli import memory
+    from .cli.model_names import ModelError
 
     settings = memory.Settings(
         model=options.model,
@@ -148,10 +148,10 @@ def _memory(options: argparse.Namespace) -> int:
 
 def _demo(options: argparse.Namespace) -> int:
     try:
-        from . import demo
+        from .cli import demo
     except ModuleNotFoundError as error:
         return _refuse(f"the demo needs {error.name}: install it with `pip install 'resnet_fused[demo]'`.")
-    from .model_names import ModelError
+    from .cli.model_names import ModelError
 
     settings = demo.Settings(
         model=options.model,

@@ -15,9 +15,9 @@ from torch.nn.modules.module import (
     _global_forward_hooks,
     _global_forward_pre_hooks,
 )
-from torch.utils._device import DeviceContext
 
 from . import tracing
+from .ops.torch_private import DeviceContext, function_mode_stack, function_modes, tracing_state
 
 # In the attributes of a module that fuse() was not to include, or to exclude.
 EXCLUDED = "_fusion_excluded"
@@ -38,7 +38,7 @@ _TENSOR_ADD, _TENSOR_ADD_ = Tensor.add, Tensor.add_
 _PLUS, _RIGHT_PLUS, _PLUS_EQUALS = Tensor.__add__, Tensor.__radd__, Tensor.__iadd__
 _DROPOUTS = (F.dropout, F.dropout2d, F.dropout3d, torch.dropout, torch.feature_dropout)
 _MAX_POOL, _TORCH_MAX_POOL = F.max_pool2d, torch.max_pool2d
-_CALLS = (nn.Module.__call__, nn.Module._call_impl)
+_Module, _CALL, _CALL_IMPL = nn.Module, nn.Module.__call__, nn.Module._call_impl
 
 
 def why_watched(input) -> str | None:
@@ -53,21 +53,26 @@ def why_all_watched() -> str | None:
     """Why all modules must be called at this moment, whatever for; None where nothing asks for it."""
     if _global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks:
         return "a hook on all modules is registered"
-    if torch._C._get_tracing_state() is not None:
+    if tracing_state() is not None:
         tracing.notice_jit()
         return "torch.jit.trace records"
     # torch.export puts in a call and a mode of its own.
-    called = nn.Module.__call__ is _CALLS[0] and nn.Module._call_impl is _CALLS[1]
+    called = _Module.__call__ is _CALL and _Module._call_impl is _CALL_IMPL
     if not called and not torch.compiler.is_compiling():
         return "the call of all modules was replaced"
-    if torch._C._len_torch_function_stack() and not torch.compiler.is_compiling() and _a_mode_looks():
+    if function_modes() and not torch.compiler.is_compiling() and _a_mode_looks():
         return "a torch function mode looks on"
     return None
 
 
+def has_global_forward_hooks() -> bool:
+    """Whether a hook sees, and may replace, what every module gives."""
+    return bool(_global_forward_hooks)
+
+
 def _a_mode_looks() -> bool:
     """Whether a mode may see calls of torch's functions: not one that only chooses a device, nor this package's own."""
-    kinds = map(type, torch.overrides._get_current_function_mode_stack())
+    kinds = map(type, function_mode_stack())
     return any(kind is not DeviceContext and not kind.__module__.startswith(f"{__package__}.") for kind in kinds)
 
 

@@ -8,9 +8,12 @@ import torch.utils.checkpoint
 from torch import Tensor
 
 from .ops import autograd, backend, checks, recomputation
+from .ops.torch_private import NO_TASK, graph_task
 
 _OPS = torch.ops.resnet_fused
-_NUMBERS = (int, float, torch.SymFloat)
+# Without gradients: the operators themselves, looked up once.
+_OPERATORS = {name: getattr(_OPS, name).default for name in autograd.FUNCTIONS}
+_NUMBERS = (float, int, torch.SymFloat)
 _CHECKPOINT = torch.utils.checkpoint.CheckpointFunction.backward.__code__.co_filename
 
 
@@ -48,9 +51,8 @@ def batch_norm_add_relu(
 
         Nothing has been written then.
     """
-    branch = (input, weight, bias, running_mean, running_var)
     if _eligible(input, residual, running_mean, running_var, training, momentum, eps) and (
-        not torch.compiler.is_compiling() or _fit_a_graph(training, branch)
+        not torch.compiler.is_compiling() or _fit_a_graph(training, (input, weight, bias, running_mean, running_var))
     ):
         try:
             save = torch.is_grad_enabled() and _requires_grad(input, weight, bias, residual)
@@ -68,7 +70,7 @@ def batch_norm_add_relu(
             if (
                 input.dim() <= checks.MAX_DIMS
                 and _fits(residual, input)
-                and _vectors_fit(*branch)
+                and _vectors_fit(input, weight, bias, running_mean, running_var)
                 and not _is_single_value(input, training)
             ):
                 raise
@@ -199,7 +201,7 @@ def in_recomputation() -> bool:
     Running statistics must not be updated there: the batch has been counted when the forward ran first. Any other
     forward inside a backward, of a hook or of a network trained there, counts.
     """
-    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+    if torch.compiler.is_compiling() or graph_task() == NO_TASK:
         return False
     frame = sys._getframe(1)
     while frame is not None:
@@ -215,7 +217,7 @@ def _call(name: str, save: bool, arguments: tuple) -> Tensor:
     if save:
         return autograd.FUNCTIONS[name].apply(*arguments)
     with autograd.below_autograd():
-        return getattr(_OPS, name).default(*arguments)[0]
+        return _OPERATORS[name](*arguments)[0]
 
 
 def _call_training(name: str, save: bool, tensors: tuple, settings: tuple, running: tuple) -> Tensor:
@@ -228,7 +230,7 @@ def _call_training(name: str, save: bool, tensors: tuple, settings: tuple, runni
             mean, var, momentum = running[i : i + 3]
             _OPS.update_running_stats.default(mean, var, *statistics[i : i + 2], momentum, count)
         return output
-    if torch._C._current_graph_task_id() != -1 and in_recomputation():
+    if graph_task() != NO_TASK and in_recomputation():
         running = tuple(None if isinstance(value, Tensor) else value for value in running)
     if save:
         return autograd.FUNCTIONS_WITH_UPDATE[name].apply(*tensors, (*settings, *running))

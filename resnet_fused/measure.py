@@ -1,6 +1,7 @@
 """What the demo and the benchmarks measure with: time of alternatives in turn, and bytes kept for the backward."""
 
 import contextlib
+import dataclasses
 import gc
 import platform
 import statistics
@@ -10,8 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from .ops.torch_private import TorchDispatchMode
 
 
 class SavedActivations:
@@ -169,3 +171,22 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What one step takes, in bytes.
+
+    Attributes:
+        before: parameters, buffers, the optimizer's momentum and the batch, which stand before the step.
+        saved: what the forward keeps for its backward.
+        peak: the most at any moment.
+        curve: the bytes alive, after each operator that changed them.
+        forward: how many entries of the curve belong to the forward.
+    """
+
+    before: int
+    saved: int
+    peak: int
+    curve: tuple[int, ...]
+    forward: int

@@ -28,18 +28,10 @@ def batch_norm_add_relu(bn: nn.BatchNorm2d, input: Tensor, residual: Tensor | No
         RuntimeError: shapes, dtypes or devices that do not fit; nothing has been written then.
     """
     bn._check_input_dim(input)
-    output = functional.batch_norm_add_relu(
-        input,
-        *_running_statistics(bn),
-        bn.weight,
-        bn.bias,
-        residual,
-        _uses_batch_statistics(bn),
-        _momentum(bn),
-        bn.eps,
-        relu,
-    )
-    _count_batch(bn)
+    weight, bias, mean, var, training, momentum, counter = _state(bn)
+    output = functional.batch_norm_add_relu(input, mean, var, weight, bias, residual, training, momentum, bn.eps, relu)
+    if counter is not None:
+        counter.add_(1)
     return output
 
 
@@ -68,24 +60,15 @@ def dual_batch_norm_add_relu(
         return batch_norm_add_relu(bn, input, batch_norm_add_relu(bn2, input2, relu=False), relu)
     bn._check_input_dim(input)
     bn2._check_input_dim(input2)
+    weight, bias, mean, var, training, momentum, counter = _state(bn)
+    weight2, bias2, mean2, var2, _, momentum2, counter2 = _state(bn2)
     output = functional.dual_batch_norm_add_relu(
-        input,
-        *_running_statistics(bn),
-        bn.weight,
-        bn.bias,
-        input2,
-        *_running_statistics(bn2),
-        bn2.weight,
-        bn2.bias,
-        _uses_batch_statistics(bn),
-        _momentum(bn),
-        bn.eps,
-        _momentum(bn2),
-        bn2.eps,
-        relu,
+        *(input, mean, var, weight, bias, input2, mean2, var2, weight2, bias2),
+        *(training, momentum, bn.eps, momentum2, bn2.eps, relu),
     )
-    _count_batch(bn)
-    _count_batch(bn2)
+    for of_branch in (counter, counter2):
+        if of_branch is not None:
+            of_branch.add_(1)
     return output
 
 
@@ -102,33 +85,37 @@ def _uses_batch_statistics(bn: nn.BatchNorm2d) -> bool:
     return bn.training or (bn.running_mean is None and bn.running_var is None)
 
 
-def _running_statistics(bn: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None]:
-    """What to normalize with in evaluation or to update in training: nothing where training does not track."""
-    mean, var = bn.running_mean, bn.running_var
-    if bn.training and not bn.track_running_stats:
-        return None, None
-    if bn.training and functional.in_recomputation():
+def _tensors(bn: nn.BatchNorm2d) -> tuple[Tensor | None, ...]:
+    """weight, bias, running_mean and running_var, past ``nn.Module.__getattr__``, which takes longer than an add."""
+    if isinstance(bn, nn.Module):
+        parameters, buffers = bn._parameters, bn._buffers
+        if "weight" in parameters and "bias" in parameters and "running_mean" in buffers and "running_var" in buffers:
+            return parameters["weight"], parameters["bias"], buffers["running_mean"], buffers["running_var"]
+    return bn.weight, bn.bias, bn.running_mean, bn.running_var
+
+
+def _state(bn: nn.BatchNorm2d) -> tuple:
+    """What ``bn`` gives its operator now.
+
+    weight, bias, the running statistics to normalize with or to update, whether those of the batch are used, the share
+    of this batch in the running ones, and ``num_batches_tracked`` where it counts this batch.
+    """
+    weight, bias, mean, var = _tensors(bn)
+    training, momentum, counter = bn.training, bn.momentum, None
+    if not training:
+        training = mean is None and var is None
+    elif not bn.track_running_stats:
+        mean = var = None
+    elif functional.in_recomputation():
         # Copies take the second update where torch's own operation runs; None would change what it saves for its
         # backward.
-        return None if mean is None else mean.clone(), None if var is None else var.clone()
-    return mean, var
-
-
-def _counts_batches(bn: nn.BatchNorm2d) -> bool:
-    tracks = bn.training and bn.track_running_stats and bn.num_batches_tracked is not None
-    return tracks and not functional.in_recomputation()
-
-
-def _momentum(bn: nn.BatchNorm2d) -> float:
-    """The weight of this batch: for momentum None that of a cumulative average, which counts this batch already."""
-    if bn.momentum is not None:
-        return bn.momentum
-    return 1.0 / (float(bn.num_batches_tracked) + 1.0) if _counts_batches(bn) else 0.0
-
-
-def _count_batch(bn: nn.BatchNorm2d) -> None:
-    if _counts_batches(bn):
-        bn.num_batches_tracked.add_(1)
+        mean, var = None if mean is None else mean.clone(), None if var is None else var.clone()
+    else:
+        counter = bn.num_batches_tracked
+    if momentum is None:
+        # A cumulative average, which counts this batch already.
+        momentum = 0.0 if counter is None else 1.0 / (float(counter) + 1.0)
+    return weight, bias, mean, var, training, momentum, counter
 
 
 def _dtype(bn: nn.BatchNorm2d) -> torch.dtype | None:

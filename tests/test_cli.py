@@ -12,7 +12,8 @@ from torch import nn
 
 import resnet_fused
 from resnet_fused import __main__ as cli
-from resnet_fused import doctor, measure, model_names, tables
+from resnet_fused import measure, tables
+from resnet_fused.cli import doctor, model_names
 
 
 def run(capsys, *arguments):

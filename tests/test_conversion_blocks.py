@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from resnet_fused import fuse, fusion_report, unfuse
-from resnet_fused.conversion import classes, families, methods
+from resnet_fused.conversion import classes, families, fused_class
 from resnet_fused.conversion.selection import Selection
 
 # As in test_modules.py: float64 on both sides, sums of at most 4 * 9 * 9 terms.
@@ -24,7 +24,7 @@ def force(model):
     selection = Selection(model)
     for module in list(model.modules()):
         if not classes.is_fused(module) and selection.allows(module):
-            module.__class__ = methods.class_for(type(module), False)
+            module.__class__ = fused_class.class_for(type(module), False)
     return model
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from resnet_fused.cli.model_names import build
 from resnet_fused.example_inputs import example_input
-from resnet_fused.model_names import build
 
 
 def test_shape_dtype_and_device_are_those_of_the_model():

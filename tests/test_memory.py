@@ -9,7 +9,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from resnet_fused import __main__ as cli
-from resnet_fused import measure, memory
+from resnet_fused import measure
+from resnet_fused.cli import memory
 
 torchvision = pytest.importorskip("torchvision")
 resnet = torchvision.models.resnet

@@ -122,3 +122,29 @@ def test_every_package_is_named_in_pyproject():
     project = requirements.tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     packages = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "resnet_fused").rglob("*.py")}
     assert set(project["tool"]["setuptools"]["packages"]) == packages
+
+
+def test_private_names_of_torch_stand_in_one_file():
+    private = re.compile(
+        r"torch\._C\b|from torch\._(?!dynamo|subclasses|library)[\w.]+ import|torch\.utils\._(?!pytree)"
+    )
+    files = (ROOT / "resnet_fused").rglob("*.py")
+    found = {file.name for file in files if private.search(file.read_text(encoding="utf-8"))}
+    assert found == {"torch_private.py"}
+
+
+def test_a_circle_of_imports_is_found_inside_functions_too(tmp_path):
+    check_imports = tool("check_imports")
+    sources = {
+        "a": "from . import b",
+        "b": "def f():\n    from .c import g",
+        "c": "from .a import x",
+        "d": "from . import a",
+    }
+    for name, source in sources.items():
+        (tmp_path / f"{name}.py").write_text(source, encoding="utf-8")
+    graph = {file: set(check_imports.imports(file)) for file in tmp_path.glob("*.py")}
+    assert [[file.stem for file in circle] for circle in check_imports.circles(graph)] == [["a", "b", "c"]]
+    (tmp_path / "c.py").write_text("from .d import x", encoding="utf-8")
+    graph[tmp_path / "c.py"] = set()
+    assert not check_imports.circles(graph)

@@ -424,7 +424,8 @@ def bare_package(tmp_path_factory):
 def test_without_libraries_gpus_are_tritons_and_the_cpu_runs_the_reference(bare_package):
     program = """
 import torch, resnet_fused
-from resnet_fused import doctor, functional, ops
+from resnet_fused import functional, ops
+from resnet_fused.cli import doctor
 assert resnet_fused.__file__.startswith(DIRECTORY), resnet_fused.__file__
 x = torch.randn(2, 9, 5, 3, requires_grad=True)
 ours = functional.batch_norm_add_relu(x, None, None, training=True)
@@ -452,7 +453,8 @@ print(resnet_fused.fusion_report(model).rows[0].reason)"""
 def test_without_libraries_triton_serves_when_asked(bare_package):
     program = """
 import torch
-from resnet_fused import doctor, functional
+from resnet_fused import functional
+from resnet_fused.cli import doctor
 x = torch.randn(2, 9, 5, 3)
 ours = functional.batch_norm_add_relu(x, None, None, training=True)
 theirs = torch.relu(torch.nn.functional.batch_norm(x, None, None, training=True))

@@ -11,9 +11,9 @@ from model_list import Model
 from torch import Tensor, nn
 
 from resnet_fused import fuse, fusion_report
+from resnet_fused.cli.model_names import build
+from resnet_fused.cli.report import reasons
 from resnet_fused.example_inputs import example_input
-from resnet_fused.model_names import build
-from resnet_fused.report import reasons
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ class Model:
     """A model and its example.
 
     Attributes:
-        name: as in ``resnet_fused.model_names.build``.
+        name: as in ``resnet_fused.cli.model_names.build``.
         arguments: further arguments of its builder.
         size: side of the images; the smallest that leaves no BatchNorm a single value in training.
         batch: how many images.

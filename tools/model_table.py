@@ -24,7 +24,7 @@ import torch
 from model_check import Errors, Result, check
 from model_list import MODELS, PACKAGES, Model
 
-from resnet_fused.model_names import PACKAGES as SOURCES
+from resnet_fused.cli.model_names import PACKAGES as SOURCES
 
 OUTPUT = pathlib.Path(__file__).parents[1] / "docs" / "models.md"
 # Float64 rounds by 1e-16, which 150 BatchNorms in training amplify to some 1e-11; the smallest error that is none of

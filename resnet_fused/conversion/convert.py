@@ -12,7 +12,7 @@ from ..tracing import Scriptable
 from . import families
 from .classes import is_changed, is_fused
 from .flow import Flow
-from .methods import class_for
+from .fused_class import class_for
 from .report import fusion_report
 from .selection import Selection
 from .verification import verify as verify_conversion

@@ -21,10 +21,10 @@ import operator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._C._functorch import peek_interpreter_stack
 
 from .. import bypass, functional, modules, tracing
 from ..ops import backend, recomputation
+from ..ops.torch_private import no_torch_function, peek_interpreter_stack
 from . import families, kinds
 from .classes import Fused, base_of
 from .tameness import PLAIN, is_tame
@@ -55,6 +55,10 @@ class Fresh(Deferred):
         """The tensor, which others may hold from now on."""
         self.owned = False
         return self.output
+
+    def waits(self) -> bool:
+        """It is there already."""
+        return False
 
 
 class Normalized(Deferred):
@@ -114,6 +118,10 @@ class Sum(Deferred):
         return self.left is not None
 
 
+# isinstance() makes a union of classes anew at every call.
+_VALUES = (Deferred, Tensor)
+
+
 def settle(value):
     """The tensor that a value stands for; anything else as it is."""
     return value.settle() if isinstance(value, Deferred) else value
@@ -134,7 +142,7 @@ def call(now: bool, held: tuple, function, *args, **kwargs):
             return function(*map(settle, args), **kwargs)
         result = call_module(function, args[0])
     elif function is bypass.RELU or function is bypass.TORCH_RELU or function is bypass.TORCH_RELU_:
-        result = _rectified(args[0])
+        result = None if _is_relu_seen() else _rectified(args[0])
         if result is None:
             for value in held:
                 settle(value)
@@ -147,6 +155,18 @@ def call(now: bool, held: tuple, function, *args, **kwargs):
         for value in held:
             settle(value)
         return function(*map(settle, args), **kwargs)
+    return result if now else fit_to_wait(result)
+
+
+def call_alone(now: bool, function, value):
+    """:func:`call` of one argument while nothing waits: what a forward has most of."""
+    kind = kinds.OF_TORCH.get(type(function))
+    if kind is not None:
+        result = _call_known(function, kind, value)
+    elif isinstance(function, nn.Module):
+        result = call_module(function, value)
+    else:
+        return call(now, (), function, value)
     return result if now else fit_to_wait(result)
 
 
@@ -233,24 +253,25 @@ def add(now: bool, add, left, right):
         now: as for :func:`call`.
         add: ``operator.add`` or ``operator.iadd``. What adds into a tensor that others hold does so at once.
     """
-    into_its_own = add is operator.add or _waits(left) or _owned(left)
+    one, other = isinstance(left, Deferred), isinstance(right, Deferred)
+    owned = one and other and left.owned and right.owned
+    into_its_own = add is operator.add or (one and (left.owned or left.waits()))
     if (
         into_its_own
-        and _is_tensor(left)
-        and _is_tensor(right)
-        and bypass.why_all_watched() is None
+        and (now or owned)
+        and (one or _is_tensor(left))
+        and (other or _is_tensor(right))
         and not bypass.is_add_replaced()
+        and bypass.why_all_watched() is None
     ):
-        owned = _owned(left) and _owned(right)
-        if now or owned:
-            return Sum(add, left, right, owned)
+        return Sum(add, left, right, owned)
     return add(settle(left), settle(right))
 
 
 def method(now: bool, name: str, value, *args):
     """value.name(*args), for a name of METHODS."""
     if name in _RELU_METHODS and not args:
-        result = _rectified(value)
+        result = None if _is_relu_seen() else _rectified(value)
         if result is not None:
             return result
     elif name in _ADD_METHODS and len(args) == 1 and isinstance(value, Deferred) and not bypass.is_add_replaced():
@@ -265,43 +286,54 @@ METHODS = (*_RELU_METHODS, *_ADD_METHODS)
 
 def call_module(module: nn.Module, value):
     """module(value), where both value and result may wait; the result must be used before anything else runs."""
-    if not isinstance(value, Tensor | Deferred) or bypass.why_all_watched() is not None:
-        tracing.notice(value)
-        return module(settle(value))
-    if isinstance(module, Fused):
-        cls = type(module)
-        if (
-            cls._fusion_open is None
-            or cls._fusion_base.forward is not cls._fusion_forward
-            or bypass.why_called(module) is not None
-        ):
-            return module(settle(value))
-        try:
-            return module._fusion_open(value if cls._fusion_is_chain else settle(value))
-        except BaseException as error:
-            abandoned(error)
-            raise
     kind = families.kind_of(module)
     if kind is None:
-        return module(settle(value))
+        return _call_fused(module, value) if isinstance(module, Fused) else module(settle(value))
+    return _call_known(module, kind, value)
+
+
+def _call_known(module: nn.Module, kind: kinds.Kind, value):
+    """The same of a module of that kind."""
     role = kind.role
-    if role == kinds.FRESH:
+    if role is kinds.FRESH:
         output = module(settle(value))
-        return Fresh(output) if kinds.makes_fresh(module, kind) and _is_tensor(output) else output
+        return Fresh(output) if _is_tensor(output) and kinds.makes_fresh(module, kind) else output
+    if not isinstance(value, _VALUES) or bypass.why_all_watched() is not None:
+        tracing.notice(value)
+        return module(settle(value))
     if kinds.why_not(module, kind) is not None:
         return module(settle(value))
-    if role == kinds.NORM:
+    if role is kinds.NORM:
         return _normalized(module, kind, value)
-    if role == kinds.RELU:
+    if role is kinds.RELU:
         result = _rectified(value)
         return module(settle(value)) if result is None else result
-    if role == kinds.SAME and (kind.inactive is None or kind.inactive(module)):
+    if role is kinds.SAME and (kind.inactive is None or kind.inactive(module)):
         return value
-    if role == kinds.CHAIN:
+    if role is kinds.CHAIN:
         return walk(module, value)
-    if role == kinds.POOL:
+    if role is kinds.POOL:
         return _pooled(module, settle(value))
     return module(settle(value))
+
+
+def _call_fused(module: Fused, value):
+    """The same of a fused module, whose open forward may give a value that waits."""
+    cls = type(module)
+    if (
+        not isinstance(value, _VALUES)
+        or bypass.why_all_watched() is not None
+        or cls._fusion_open is None
+        or cls._fusion_base.forward is not cls._fusion_forward
+        or bypass.why_called(module) is not None
+    ):
+        tracing.notice(value)
+        return module(settle(value))
+    try:
+        return module._fusion_open(value if cls._fusion_is_chain else settle(value))
+    except BaseException as error:
+        abandoned(error)
+        raise
 
 
 def walk(chain: nn.Sequential, value):
@@ -317,7 +349,9 @@ def fit_to_wait(value):
 
 
 def _normalized(bn: nn.Module, kind: kinds.Kind, value):
-    owned, input = _owned(value), settle(value)
+    owned, input = False, value
+    if isinstance(value, Deferred):
+        owned, input = value.owned, value.settle()
     if not _lies_plainly(input) or (kind.tail and input.dim() != 4):
         return bn(input)  # which gives strides of its own, or has an error of its own for it
     norm = bn if kind.norm is None else kind.norm(bn, input)
@@ -330,6 +364,11 @@ def _normalized(bn: nn.Module, kind: kinds.Kind, value):
     return value
 
 
+def _is_relu_seen() -> bool:
+    """Whether somebody would notice that a ReLU which is no module was not called."""
+    return bypass.is_relu_replaced() or bypass.why_all_watched() is not None
+
+
 def _pooled(pool: nn.MaxPool2d, input: Tensor) -> Tensor:
     """pool(input); where activations are recomputed, without keeping indices."""
     if not recomputation.is_on() or pool.return_indices:
@@ -340,25 +379,26 @@ def _pooled(pool: nn.MaxPool2d, input: Tensor) -> Tensor:
 
 
 def _rectified(value) -> Tensor | None:
-    """relu(value) in one operator with what waits; None where nothing does."""
-    if not _waits(value) or bypass.why_all_watched() is not None or bypass.is_relu_replaced():
+    """relu(value) in one operator with what waits; None where nothing does. Who calls has asked whether it may."""
+    if type(value) is Normalized:
+        return None if value.input is None else modules.batch_norm_add_relu(value.norm, value.take())
+    if type(value) is not Sum or value.left is None:
         return None
-    if isinstance(value, Normalized):
-        return modules.batch_norm_add_relu(value.norm, value.take())
     add, left, right = value.take()
-    if isinstance(left, Sum):
-        left = left.settle()
-    if isinstance(right, Sum):
-        right = right.settle()
-    if _waits(left) and _waits(right):
-        if _alike(left.input, right.input) and (add is operator.iadd or left.input.stride() == right.input.stride()):
+    left = left.settle() if type(left) is Sum else left
+    right = right.settle() if type(right) is Sum else right
+    first = type(left) is Normalized and left.input is not None
+    second = type(right) is Normalized and right.input is not None
+    # What is added into has the strides that it had, whatever is added.
+    into = add is operator.iadd
+    if first and second:
+        if _alike(left.input, right.input) and (into or left.input.stride() == right.input.stride()):
             return modules.dual_batch_norm_add_relu(left.norm, left.take(), right.norm, right.take())
-    elif _waits(left):
+    elif first:
         residual = settle(right)
-        # What is added into has the strides that it had, whatever is added.
-        if _alike(left.input, residual) and (add is operator.iadd or left.input.stride() == residual.stride()):
+        if _alike(left.input, residual) and (into or left.input.stride() == residual.stride()):
             return modules.batch_norm_add_relu(left.norm, left.take(), residual)
-    elif _waits(right):
+    elif second:
         residual = settle(left)
         if _alike(right.input, residual) and right.input.stride() == residual.stride():
             return modules.batch_norm_add_relu(right.norm, right.take(), residual)
@@ -448,27 +488,20 @@ def _storages(tensors: list[Tensor]) -> set[int]:
 
 def _is_tensor(value) -> bool:
     """A tensor on which torch's functions run nothing but themselves, or what stands for one."""
-    if isinstance(value, Deferred):
-        return True
     kind = type(value)
     if kind is not Tensor and kind is not nn.Parameter:
+        if isinstance(value, Deferred):
+            return True
         own = getattr(kind, "__torch_function__", None)
-        if not isinstance(value, Tensor) or own is not torch._C._disabled_torch_function_impl:
+        if not isinstance(value, Tensor) or own is not no_torch_function:
             return False
     return value.layout is torch.strided and not value.is_nested
-
-
-def _waits(value) -> bool:
-    return isinstance(value, Normalized | Sum) and value.waits()
-
-
-def _owned(value) -> bool:
-    return isinstance(value, Deferred) and value.owned
 
 
 # The names by which a rewritten forward knows these functions.
 HELPERS = {
     "_resnet_fused_call": call,
+    "_resnet_fused_call_alone": call_alone,
     "_resnet_fused_add": add,
     "_resnet_fused_method": method,
     "_resnet_fused_settle": settle,

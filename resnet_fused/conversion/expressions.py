@@ -3,7 +3,6 @@
 import ast
 import copy
 import types
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,9 +10,6 @@ from .. import bypass
 from .deferred import METHODS
 from .liveness import assigned
 from .syntax import asks_nothing, helper_call, is_operand, is_plain, raises_nothing, settle_call
-
-if TYPE_CHECKING:
-    from .statements import Writer
 
 _TEMPORARY = "_resnet_fused_value"
 _FUNCTIONS = (*bypass.RELUS, bypass.ADD)
@@ -24,7 +20,7 @@ _QUIET = (type, torch.jit.is_scripting, torch.jit.is_tracing)
 
 
 class Expressions:
-    """One attempt to write the expressions of a statement.
+    """One attempt to write the expressions of a statement, for the Writer of its function (:mod:`.statements`).
 
     Attributes:
         early: the variables found to need settling before the statement; then the attempt is void.
@@ -32,7 +28,7 @@ class Expressions:
         used: the variables whose value was used, once.
     """
 
-    def __init__(self, writer: "Writer", node: ast.AST, closed: set[ast.expr], after: frozenset[str] | None = None):
+    def __init__(self, writer, node: ast.AST, closed: set[ast.expr], after: frozenset[str] | None = None):
         self.writer = writer
         self.lazy = set(writer.lazy)
         self.closed = set(closed)
@@ -130,6 +126,8 @@ class Expressions:
             first, _ = self.expression(node.args[0], now=True)
             arguments, held = [first, *node.args[1:]], self.names_held()
         self.waits = True
+        if not held and len(arguments) == 1 and not node.keywords:
+            return helper_call("call_alone", [ast.Constant(now), function, *arguments], node), True
         head = [ast.Constant(now), ast.Tuple(held, ast.Load()), function]
         return helper_call("call", [*head, *arguments], node, node.keywords), True
 

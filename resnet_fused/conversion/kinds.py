@@ -69,7 +69,7 @@ def _no_dropout(dropout: nn.Module) -> bool:
     return dropout.p == 0.0 or (not dropout.training and 0.0 <= dropout.p <= 1.0)
 
 
-_OF_TORCH: dict[type[nn.Module], Kind] = {
+OF_TORCH: dict[type[nn.Module], Kind] = {
     **{cls: Kind(NORM, cls.forward) for cls in _BATCH_NORMS},
     nn.SyncBatchNorm: Kind(NORM, nn.SyncBatchNorm.forward, why_not=synchronizes),
     nn.ReLU: Kind(RELU, nn.ReLU.forward),
@@ -85,12 +85,12 @@ MEMORY = "_resnet_fused_kind"
 
 def is_known(cls: type[nn.Module]) -> bool:
     """Whether a class was looked at, whatever was found."""
-    return cls in _OF_TORCH or recall(cls, MEMORY, cls) is not None
+    return cls in OF_TORCH or recall(cls, MEMORY, cls) is not None
 
 
 def known(cls: type[nn.Module]) -> Kind | None:
     """What is known of a class; None where nothing is, or it was not looked at."""
-    kind = _OF_TORCH.get(cls)
+    kind = OF_TORCH.get(cls)
     if kind is None:
         found = recall(cls, MEMORY, cls)
         return None if found is None else found.value
@@ -118,21 +118,22 @@ def inherited(cls: type[nn.Module]) -> Kind | None:
 def why_not(module: nn.Module, kind: Kind) -> str | None:
     """Why ``module``, of that kind, must be called as it is; None where a fused forward may stand for the call."""
     reason = bypass.why_called(module)
-    if reason is None and type(module).forward is not kind.forward:
-        reason = f"is of {type(module).__name__}, whose forward was replaced"
-    if reason is None and kind.role in _REPLACED and _REPLACED[kind.role][0]():
-        reason = _REPLACED[kind.role][1]
-    if reason is None and kind.why_not is not None:
-        reason = kind.why_not(module)
-    return reason
+    if reason is not None:
+        return reason
+    if type(module).forward is not kind.forward:
+        return f"is of {type(module).__name__}, whose forward was replaced"
+    function = _FUNCTIONS.get(kind.role)
+    if function is not None and function[0]():
+        return f"calls torch's {function[1]}, which was replaced"
+    return None if kind.why_not is None else kind.why_not(module)
 
 
-# What a module of a role calls.
-_REPLACED = {
-    NORM: (bypass.is_batch_norm_replaced, "calls torch's batch_norm, which was replaced"),
-    RELU: (bypass.is_relu_replaced, "calls torch's relu, which was replaced"),
-    SAME: (bypass.is_dropout_replaced, "calls torch's dropout, which was replaced"),
-    POOL: (bypass.is_max_pool_replaced, "calls torch's max_pool2d, which was replaced"),
+# What a module of a role calls, and whether that was replaced.
+_FUNCTIONS = {
+    NORM: (bypass.is_batch_norm_replaced, "batch_norm"),
+    RELU: (bypass.is_relu_replaced, "relu"),
+    SAME: (bypass.is_dropout_replaced, "dropout"),
+    POOL: (bypass.is_max_pool_replaced, "max_pool2d"),
 }
 
 
@@ -142,7 +143,8 @@ def makes_fresh(module: nn.Module, kind: Kind) -> bool:
     weight_norm and spectral_norm of old set the weight in a hook before it.
     """
     members = module.__dict__
-    return type(module).forward is kind.forward and "forward" not in members and not members["_forward_hooks"]
+    hooked = members["_forward_hooks"] or bypass.has_global_forward_hooks()
+    return type(module).forward is kind.forward and "forward" not in members and not hooked
 
 
 class Frozen:

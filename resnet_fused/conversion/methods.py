@@ -1,4 +1,4 @@
-"""Which methods of a class are rewritten, and the fused class that has them."""
+"""Which methods of a class are rewritten."""
 
 import ast
 import inspect
@@ -7,9 +7,6 @@ import types
 from torch import nn
 from torch.fx import GraphModule
 
-from ..tracing import scripted_as
-from .classes import check_class, fused_class, known_class
-from .deferred import abandoned, settle, walk
 from .rewriting import Rewritten, rewritten
 from .source import Refused
 
@@ -76,41 +73,6 @@ class Methods:
         if isinstance(known, Refused):
             raise known
         return known
-
-
-def class_for(base: type[nn.Module], recompute: bool | str) -> type[nn.Module]:
-    """The fused class for modules of class ``base``; always the same for as long as it is in use.
-
-    Raises:
-        Refused: there is none, with the reason.
-    """
-    check_class(base)
-    chain = is_chain(base)
-    methods = {} if chain else methods_of(base)
-    originals = {"forward": _CHAIN} if chain else {name: method.original for name, method in methods.items()}
-    known = known_class(base, originals, recompute)
-    if known is not None:
-        return known
-    if chain:
-        return fused_class(base, originals, {"forward": _chain_forward}, walk, True, recompute)
-    changed = {name: method for name, method in methods.items() if method.waits or method.asks_self}
-    closed = {name: method.closed(base, name) for name, method in sorted(changed.items())}
-    return fused_class(base, originals, closed, methods["forward"].open, False, recompute)
-
-
-_CHAIN = nn.Sequential.forward
-
-
-@scripted_as(nn.Sequential.forward)
-def _chain_forward(self, input):
-    """What the children compute one after another."""
-    if self._fusion_base.forward is not _CHAIN:
-        return self._fusion_base.forward(self, input)
-    try:
-        return settle(walk(self, input))
-    except BaseException as error:
-        abandoned(error)
-        raise
 
 
 def _functions(cls: type[nn.Module]) -> dict[str, types.FunctionType]:

@@ -343,10 +343,10 @@ class Path:
                 frame.settle(self.value(held), "other code that runs before it is used")
             return value
         now = nodes[0].value
-        if name == "call":
-            function = self.value(nodes[2])
-            args = [self.value(argument) for argument in nodes[3:]]
-            held = [self.value(value) for value in nodes[1].elts]
+        if name in ("call", "call_alone"):
+            alone = name == "call_alone"
+            function, *args = [self.value(node) for node in nodes[1 if alone else 2 :]]
+            held = [] if alone else [self.value(value) for value in nodes[1].elts]
             is_relu = isinstance(function, Known) and function.value is bypass.RELU
             return frame.call(now, held, function, args[:1] if is_relu else args)
         if name == "add":

@@ -1,12 +1,13 @@
 """Writes a forward anew so that BatchNorms and adds wait for what their output goes to.
 
-    x = self.bn1(x)                  x = call(True, (), self.bn1, x)
-    x = self.act1(x)                 x = call(True, (), self.act1, x)
+    x = self.bn1(x)                  x = call_alone(True, self.bn1, x)
+    x = self.act1(x)                 x = call_alone(True, self.act1, x)
     if self.downsample is not None:  if self.downsample is not None:
         y = self.downsample(y)           y = call(False, (x,), self.downsample, y)
 
-``call``, ``add``, ``method`` and ``settle`` are those of :mod:`.deferred`, which decide at run time, module by module,
-what a call is. The rewriting knows no module: it only shows that a value which may wait is used once, and where.
+``call``, ``call_alone``, ``add``, ``method`` and ``settle`` are those of :mod:`.deferred`, which decide at run time,
+module by module, what a call is. The rewriting knows no module: it only shows that a value which may wait is used once,
+and where.
 Everything else that the forward does, branches, loops, other calls and their order, stays the source's own.
 
 Why the source, and not torch.fx or torch.export: a graph is what one run with one input did. It has no early return, no

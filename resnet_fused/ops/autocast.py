@@ -5,6 +5,8 @@ That is what torch does with the operations apart: ``batch_norm`` stands on no a
 
 import torch
 
+from .torch_private import keys, without_keys
+
 # The operators with two tensors of the full shape, and where those stand among the arguments.
 PROMOTED = {
     "batch_norm_add_relu_train": (0, 3),
@@ -16,10 +18,10 @@ PROMOTED = {
 }
 
 
-def _kernel(name: str, positions: tuple[int, int], key: torch._C.DispatchKey):
+def _kernel(name: str, positions: tuple[int, int], key: str):
     op = getattr(torch.ops.resnet_fused, name).default
     first, second = positions
-    keys = torch._C.DispatchKeySet(key)
+    own = keys(key)
 
     def promote(*arguments):
         arguments = list(arguments)
@@ -27,7 +29,7 @@ def _kernel(name: str, positions: tuple[int, int], key: torch._C.DispatchKey):
         if b is not None and a.dtype != b.dtype:
             dtype = torch.promote_types(a.dtype, b.dtype)
             arguments[first], arguments[second] = a.to(dtype), b.to(dtype)
-        with torch._C._ExcludeDispatchKeyGuard(keys):
+        with without_keys(own):
             return op(*arguments)
 
     return promote
@@ -37,4 +39,4 @@ def register(library: torch.library.Library) -> None:
     """Hands the kernels to torch.library."""
     for name, positions in PROMOTED.items():
         for key in ("AutocastCPU", "AutocastCUDA", "AutocastXPU"):
-            library.impl(name, _kernel(name, positions, getattr(torch._C.DispatchKey, key)), key)
+            library.impl(name, _kernel(name, positions, key), key)

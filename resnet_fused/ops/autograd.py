@@ -18,12 +18,11 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
 from torch.autograd import forward_ad
 
 from . import handover, layout, library, recomputation, reference
 from .decompositions import DECOMPOSITIONS
-from .dispatch import below_autograd
+from .torch_private import below_autograd, is_legacy_batchedtensor, peek_interpreter_stack
 
 _LIBRARY = torch.ops.resnet_fused
 _TRAIN_BACKWARD = _LIBRARY.batch_norm_add_relu_train_backward.default

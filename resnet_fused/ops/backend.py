@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
 from . import architectures, library, triton_kernels
+from .torch_private import is_traceable_wrapper_subclass, peek_interpreter_stack, tracing_state
 
 BACKENDS = ("auto", "compiled", "triton", "reference")
 DTYPES = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
@@ -190,9 +190,7 @@ def is_fused(input: Tensor) -> bool:
     # functorch's transforms and forward-mode AD differentiate torch's operations, not ours; torch.jit.trace records
     # them.
     if not compiling and (
-        peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
+        peek_interpreter_stack() is not None or forward_ad._current_level >= 0 or tracing_state() is not None
     ):
         return False
     kind = type(input)
@@ -204,4 +202,4 @@ _CPU_IS_COMPILED = library.why_no_cpu() is None
 
 def _is_wrapper(input: Tensor) -> bool:
     """Tensors that stand for others, such as DTensor: they know torch's operators and not ours."""
-    return torch.utils._python_dispatch.is_traceable_wrapper_subclass(input)
+    return is_traceable_wrapper_subclass(input)

@@ -26,12 +26,9 @@ import torch
 from torch import Tensor
 
 from . import streams
+from .torch_private import fix_weakref, graph_task, will_run
 
 ENABLED = os.environ.get("RESNET_FUSED_HANDOVER") == "1"
-
-_task = torch._C._current_graph_task_id
-# In torch since 2.1; without it nothing is handed over.
-_will_run = getattr(torch._C, "_will_engine_execute_node", lambda node: False)
 
 
 class _Given(NamedTuple):
@@ -103,14 +100,14 @@ def give(node, edge: int, weight: int, gradient: Tensor) -> bool:
         return False
     if not isinstance(node, Node) or node.is_watched:
         return False
-    task = _task()
+    task = graph_task()
     if task == -1:
         return False
     edges = node.next_functions
     taker, place = edges[edge]
     if not isinstance(taker, Node) or place != 0 or taker.output is None or taker.is_watched or taker.given is not None:
         return False
-    if _is_looked_at(taker) or not _brings_all(edges[weight][0]) or not _will_run(taker):
+    if _is_looked_at(taker) or not _brings_all(edges[weight][0]) or not will_run(taker):
         return False
     mine = _Given(task, gradient, streams.current(gradient))
     # Two threads may run backward through one graph.
@@ -120,7 +117,7 @@ def give(node, edge: int, weight: int, gradient: Tensor) -> bool:
 def taken(node) -> Tensor | None:
     """The gradient that was left with ``node`` in this backward."""
     given = getattr(node, "given", None)
-    if given is None or given.task != _task():
+    if given is None or given.task != graph_task():
         return None  # it may be of another thread, or of a backward that failed; then nothing is left here again
     del node.given
     return streams.handed(given.gradient, given.stream)
@@ -148,7 +145,7 @@ def _brings_all(leaf) -> bool:
     if type(leaf).__name__ != "AccumulateGrad":
         return False
     try:
-        return _will_run(leaf)
+        return will_run(leaf)
     except RuntimeError:
         return False
 
@@ -161,5 +158,5 @@ def _is_looked_at(node: Node) -> bool:
 def _output(node: Node) -> Tensor | None:
     output = None if node.output is None else node.output()
     if output is not None:
-        output._fix_weakref()
+        fix_weakref(output)
     return output

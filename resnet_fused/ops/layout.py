@@ -7,7 +7,8 @@ no byte is shared by two rows and a mask written by one backend is read by anoth
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
+
+from .torch_private import suggest_memory_format
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

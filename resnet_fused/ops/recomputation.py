@@ -20,6 +20,7 @@ and go on.
 
 import collections
 import contextlib
+import functools
 import math
 import weakref
 from collections.abc import Callable
@@ -28,11 +29,18 @@ import torch
 from torch import Tensor
 
 from . import layout, streams
-from .dispatch import below_autograd
+from .torch_private import (
+    NO_TASK,
+    below_autograd,
+    graph_task,
+    pop_saved_hooks,
+    push_saved_hooks,
+    saved_hooks_enabled,
+    set_tracing_state,
+    top_saved_hooks,
+    tracing_state,
+)
 
-_top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
-_push_hooks = torch._C._autograd._push_saved_tensors_default_hooks
-_pop_hooks = torch._C._autograd._pop_saved_tensors_default_hooks
 _LIBRARY = torch.ops.resnet_fused
 
 # A chain of recipes no longer than this is made at once and held. Of a longer one the nearest stretch is held, of about
@@ -130,7 +138,7 @@ class _Shared:
                 self.uses.discard(reference)
             else:
                 uses.append(use)
-        if len(uses) <= 1 or torch._C._current_graph_task_id() == -1:
+        if len(uses) <= 1 or graph_task() == NO_TASK:
             return  # the one who asked has it
         held = _Held(value)
         reference = self.held = weakref.ref(held)
@@ -352,14 +360,14 @@ class Scope:
 
     def pack(self, tensor: Tensor):
         """What stands in a graph for a tensor that is saved."""
-        tracing = torch._C._get_tracing_state()
+        tracing = tracing_state()
         if tracing is not None:
             # torch.jit.trace would record what is done with the tensor here.
-            torch._C._set_tracing_state(None)
+            set_tracing_state(None)
             try:
                 return self.pack(tensor)
             finally:
-                torch._C._set_tracing_state(tracing)
+                set_tracing_state(tracing)
         try:
             link = _link(tensor, self.outer)
             if self.pending is None or _source(link) is not self.pending[0]:
@@ -398,7 +406,7 @@ def _unpack(packed) -> Tensor:
 
 def _scope() -> Scope | None:
     """The innermost hooks of this thread, where they are ours."""
-    hooks = _top_hooks(False)
+    hooks = top_saved_hooks(False)
     scope = None if hooks is None else getattr(hooks[0], "__self__", None)
     return scope if type(scope) is Scope else None
 
@@ -412,9 +420,9 @@ def why_not() -> str | None:
     """Why nothing is recomputed of what runs here and now; None where it is, or would be inside :class:`recompute`."""
     if torch.compiler.is_compiling():
         return COMPILED
-    if torch._C._get_tracing_state() is not None:
+    if tracing_state() is not None:
         return "torch.jit.trace records"
-    if not torch._C._autograd._saved_tensors_hooks_is_enabled():
+    if not saved_hooks_enabled():
         return "saved-tensor hooks are disabled here"
     return None
 
@@ -471,7 +479,7 @@ class recompute(contextlib.ContextDecorator):
             return self
         wanted = self.enabled and why_not() is None and _scope() is None
         if wanted:
-            _push_hooks(Scope(_top_hooks(False)).pack, _unpack)
+            push_saved_hooks(Scope(top_saved_hooks(False)).pack, _unpack)
         self._entered.append((wanted, self._watched_convolutions()))
         return self
 
@@ -481,8 +489,10 @@ class recompute(contextlib.ContextDecorator):
             return None
         from .recomputed_convolutions import RecomputedConvolutions
 
-        watching = RecomputedConvolutions(scope)
-        watching.__enter__()
+        watching = contextlib.ExitStack()
+        watching.enter_context(RecomputedConvolutions(functools.partial(note_convolution, scope)))
+        watching.callback(scope.convolutions.clear)
+        watching.callback(setattr, scope, "watches_convolutions", False)
         scope.watches_convolutions = True
         return watching
 
@@ -492,10 +502,8 @@ class recompute(contextlib.ContextDecorator):
         hooks, watching = self._entered.pop()
         if watching is not None:
             watching.__exit__(*exception)
-            watching.scope.watches_convolutions = False
-            watching.scope.convolutions.clear()
         if hooks:
-            _pop_hooks()
+            pop_saved_hooks()
 
 
 # The recipes. Each of these is called by the operator of its name, before autograd saves the tensors given to it. ----

@@ -8,12 +8,12 @@ for its BatchNorm: of a ResNet-50's bottleneck it is a quarter of the multiplica
 The convolution is found by what it calls, so that it may be any module or function.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.overrides import TorchFunctionMode
-
-from .recomputation import Scope, note_convolution
 
 # Not those of other libraries, whose storage need not be where their values are.
 _TENSORS = (Tensor, FakeTensor)
@@ -43,12 +43,12 @@ class RecomputedConvolutions(TorchFunctionMode):
     """Inside, the output of a 1x1 convolution that is larger than its input is made again in the backward.
 
     Args:
-        scope: the hooks of :class:`resnet_fused.recompute` that see what is saved.
+        note: told of each: its output, input, weight and bias, and what makes the output again.
     """
 
-    def __init__(self, scope: Scope):
+    def __init__(self, note: Callable[[Tensor, Tensor, Tensor, Tensor | None, Callable], None]):
         super().__init__()
-        self.scope = scope
+        self.note = note
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         output = func(*args, **(kwargs or {}))
@@ -61,4 +61,4 @@ class RecomputedConvolutions(TorchFunctionMode):
         known = all(type(t) in _TENSORS and t.layout is torch.strided for t in (output, input))
         # Of an input that autocast has cast the graph has the cast, and would keep the input beside it.
         if cheap and known and output.requires_grad and output.dtype == input.dtype:
-            note_convolution(self.scope, output, input, weight, bias, _Convolve(output.dtype, settings))
+            self.note(output, input, weight, bias, _Convolve(output.dtype, settings))

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 from . import fake, reference
+from .torch_private import has_kernel
 
 # Dispatch keys of the devices that Triton has kernels for: CUDA is AMD's as well, and the CPU's is the interpreter's.
 KEYS = {"cuda": "CUDA", "xpu": "XPU", "cpu": "CPU"}
@@ -99,7 +100,7 @@ def serve(kind: str, wanted: bool) -> None:
 
 def _compiled(name: str, kind: str) -> Callable | None:
     """The kernel of the compiled library, where there is one."""
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"resnet_fused::{name}", KEYS[kind]):
+    if not has_kernel(name, KEYS[kind]):
         return None
     return torch.library.get_kernel(f"resnet_fused::{name}", KEYS[kind]).call_boxed
 

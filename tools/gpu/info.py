@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         for _ in range(calls):
             x.add_(1)
         issued = (time.perf_counter() - began) / calls * 1e6
-    from resnet_fused.doctor import serves
+    from resnet_fused.cli.doctor import serves
 
     print(f"{SHORT}\n{versions}\n{card}")
     print("served by: {}, {}".format(*serves(step.device)))

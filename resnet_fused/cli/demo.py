@@ -13,10 +13,11 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import demo_plot, doctor, fuse
-from .measure import SavedActivations, cpu_name, seconds, without_garbage_collection
+from .. import fuse
+from ..measure import SavedActivations, cpu_name, seconds, without_garbage_collection
+from ..tables import table
+from . import demo_plot, doctor
 from .model_names import ModelError, torchvision_builder
-from .tables import table
 
 CLASSES = 10
 TEST_SHARE = 0.2
@@ -145,9 +146,16 @@ def run(settings: Settings) -> tuple[Run, Run]:
     output.parent.mkdir(parents=True, exist_ok=True)
     threads = torch.get_num_threads()
     title = f"{settings.model} on digits: {layout} float32, batch {settings.batch_size}, {threads} threads"
-    demo_plot.write(output, title, eager, fused, settings.batch_size)
+    drawn = tuple(_drawn(network, settings.batch_size) for network in (eager, fused))
+    demo_plot.write(output, title, drawn)
     print(f"Plot: {output.resolve()}")
     return eager, fused
+
+
+def _drawn(network: Run, batch_size: int) -> demo_plot.Drawn:
+    milliseconds = 1e3 * statistics.median(network.counted_seconds)
+    megabytes = network.saved_bytes / batch_size / 1e6
+    return demo_plot.Drawn(network.name, network.accuracy, network.losses, milliseconds, megabytes)
 
 
 def _networks(settings: Settings) -> tuple[Run, Run]:

@@ -1,7 +1,6 @@
 """The plot of ``python -m resnet_fused memory``: bytes alive over a training step."""
 
 import pathlib
-from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 
@@ -9,8 +8,7 @@ mpl.use("Agg")
 
 from matplotlib import pyplot as plt
 
-if TYPE_CHECKING:
-    from .memory import Step
+from ..measure import Step
 
 # Told apart without colour too.
 STYLES = {
@@ -29,7 +27,7 @@ def why_not(path: pathlib.Path) -> str | None:
     return None if ending.lower() in formats else f"its name must end in one of {', '.join(sorted(formats))}"
 
 
-def write(path: pathlib.Path, title: str, steps: dict[str, "Step"], memory: int | None) -> None:
+def write(path: pathlib.Path, title: str, steps: dict[str, Step], memory: int | None) -> None:
     """Writes the plot to ``path``; forward and backward take half of its width each."""
     style = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 11}
     with plt.rc_context(style):
@@ -52,7 +50,7 @@ def write(path: pathlib.Path, title: str, steps: dict[str, "Step"], memory: int 
         plt.close(figure)
 
 
-def _places(step: "Step") -> list[float]:
+def _places(step: Step) -> list[float]:
     """Where along the step an operator stands: its share of the forward, or one and its share of the backward."""
     backward = len(step.curve) - step.forward
     first = [i / step.forward for i in range(step.forward)]

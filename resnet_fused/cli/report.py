@@ -4,18 +4,18 @@ import collections
 import copy
 import warnings
 
-from . import fuse, fusion_report
-from .conversion import FusionReport
-from .example_inputs import example_input
+from .. import fuse, fusion_report
+from ..conversion import FusionReport
+from ..example_inputs import example_input
+from ..tables import table
 from .model_names import build
-from .tables import table
 
 
 def report(name: str) -> FusionReport:
     """The fusion report of a copy of the model called ``name``, as it would run on the CPU.
 
     Args:
-        name: as in :func:`resnet_fused.model_names.build`.
+        name: as in :func:`resnet_fused.cli.model_names.build`.
 
     Raises:
         ModelError: there is no such model, or it cannot be built.

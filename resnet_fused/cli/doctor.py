@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from .measure import cpu_name
-from .ops import OPERATORS, backend, library, triton_kernels
-from .tables import table
+from ..measure import cpu_name
+from ..ops import OPERATORS, backend, library, triton_kernels
+from ..ops.torch_private import has_kernel
+from ..tables import table
 
 _LIBRARIES = {"_ops": "schemas of the operators", "_cpu": "CPU kernels", "_cuda": "CUDA kernels"}
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA", "xpu": "XPU", "mps": "MPS"}
@@ -89,8 +90,7 @@ def serves(device: torch.device) -> tuple[str, str]:
 def missing_kernels(device: torch.device) -> list[str]:
     """The operators that have no kernel for ``device``, as torch's dispatcher knows them."""
     key = _DISPATCH_KEYS.get(device.type)
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    return [name for name in OPERATORS if key is None or not has_kernel(f"resnet_fused::{name}", key)]
+    return [name for name in OPERATORS if key is None or not has_kernel(name, key)]
 
 
 def _triton() -> str:
@@ -113,7 +113,7 @@ def _versions() -> dict[str, str]:
 
 def _version(package: str) -> str:
     if package == "resnet_fused":
-        from . import __version__
+        from .. import __version__
 
         return __version__
     try:

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from . import fuse, measure
+from .. import fuse, measure
+from ..measure import Step
+from ..tables import table
 from .model_names import ModelError, build
-from .tables import table
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16}
 VARIANTS = ("eager", "fused", "fused + recompute", "fused + recompute, convolutions too")
@@ -44,25 +45,6 @@ class Settings:
     def memory_format(self) -> torch.memory_format:
         """Of weights and images."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """What one step takes, in bytes.
-
-    Attributes:
-        before: parameters, buffers, the optimizer's momentum and the batch, which stand before the step.
-        saved: what the forward keeps for its backward.
-        peak: the most at any moment.
-        curve: the bytes alive, after each operator that changed them.
-        forward: how many entries of the curve belong to the forward.
-    """
-
-    before: int
-    saved: int
-    peak: int
-    curve: tuple[int, ...]
-    forward: int
 
 
 def predict(model: nn.Module, images: Tensor, momentum: bool = True) -> Step:
