@@ -9,7 +9,7 @@ from torch import Tensor
 
 from resnet_fused.functional import batch_norm_add_relu, dual_batch_norm_add_relu
 
-from . import apex_operator, device
+from . import apex_operator, cudnn_operator, device
 from .check import assert_no_worse
 from .shapes import Site
 
@@ -122,6 +122,8 @@ class Operator:
         """The forward of a variant, ready to be called."""
         if variant == "apex":
             return apex_operator.forward(self.main, self.residual)
+        if variant == "cudnn":
+            return cudnn_operator.forward(self.main, self.residual, MOMENTUM, EPS)
         return {"eager": lambda: self.eager, "fused": lambda: self.fused, "compile": self.compiled}[variant]()
 
     def call(self, variant: str, backward: bool) -> Callable[[], object]:
@@ -137,21 +139,21 @@ class Operator:
 
         return both
 
-    def check(self, backward: bool = True) -> None:
-        """Holds the fused result and its gradients against float64.
+    def check(self, backward: bool = True, variant: str = "fused") -> None:
+        """Holds the result of a variant and its gradients against float64.
 
         Raises:
             AssertionError: an error is larger than that of eager on the same input and one ulp of the dtype.
         """
-        found = {variant: self._result_and_errors(variant, backward) for variant in ("eager", "fused")}
-        for name in found["fused"]:
-            assert_no_worse(name, *found["fused"][name], *found["eager"][name])
+        eager, found = (self._result_and_errors(name, backward) for name in ("eager", variant))
+        for name in found:
+            assert_no_worse(name, *found[name], *eager[name])
 
     def _result_and_errors(self, variant: str, backward: bool) -> dict[str, tuple[Tensor, Tensor]]:
         """The output and the gradients of a variant, each with the float64 result that belongs to it."""
         main, shortcut, residual = self._float64()
         exact = unfused(main, shortcut, residual, self.case.training, relu=False)
-        output = getattr(self, variant)()
+        output = self.forward(variant)()
         assert output.dtype == self.case.dtype, f"{variant} returned {output.dtype}"
         results = {"output": (output.detach(), exact.detach().relu())}
         if backward:

@@ -266,3 +266,31 @@ def test_what_the_sanitizer_says(status, output, line, is_bad):
     from gpu import sanitizer
 
     assert sanitizer.verdict(status, output) == (line, is_bad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("has_residual", [False, True])
+def test_the_graphs_of_cudnn_are_valid(dtype, has_residual):
+    """As far as cuDNN says without a GPU."""
+    cudnn = pytest.importorskip("cudnn", reason="needs nvidia-cudnn-frontend", exc_type=ImportError)
+    from benchmarks import cudnn_operator
+
+    x = torch.empty(32, 256, 56, 56, device="meta", dtype=dtype).to(memory_format=torch.channels_last)
+    vector, number = torch.empty(1, 256, 1, 1, device="meta"), torch.full((1, 1, 1, 1), 1e-5)
+    made = [
+        cudnn_operator.forward_graph(x, x if has_residual else None, vector, number, None),
+        cudnn_operator.backward_graph(x, has_residual, vector, None),
+    ]
+    try:
+        for graph in made:
+            graph.graph.validate()
+    except Exception as error:
+        if "driver" not in str(error):
+            raise
+        pytest.skip(f"cudnn {cudnn.__version__} needs NVIDIA's driver")
+    forward, backward = (graph.tensors for graph in made)
+    for tensors, name in ((forward, "output"), (forward, "mask"), (backward, "grad_x")):
+        assert tensors[name].get_dim() == list(x.shape)
+        assert tensors[name].get_stride() == list(x.stride())
+    assert backward["grad_weight"].get_dim() == [1, 256, 1, 1]
+    assert ("grad_residual" in backward) == ("residual" in forward) == has_residual

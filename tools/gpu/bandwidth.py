@@ -7,6 +7,7 @@ eager's is marked WRONG, has no ratio, and fails the step.
 """
 
 import functools
+import importlib.util
 import os
 import pathlib
 import subprocess
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from benchmarks import device
+from benchmarks import cudnn_operator, device
 from benchmarks.operator import Case, Operator, compiled_unfused
 from benchmarks.shapes import Site, sites
 
@@ -52,10 +53,10 @@ class Measured:
         size = case.batch * case.site.channels * case.site.height * case.site.width * case.dtype.itemsize
         self.operators = [Operator(case, seed) for seed in range(device.sets_beyond_the_caches(size))]
 
-    def check(self, by: Kernels) -> None:
-        """Holds our result against float64."""
+    def check(self, by: object, variant: str = "fused") -> None:
+        """Holds a result against float64."""
         try:
-            self.operators[0].check()
+            self.operators[0].check(variant=variant)
         except AssertionError as error:
             self.wrong.append(f"{self} [{by}] {error}")
             print(f"WRONG: {self.wrong[-1]}", flush=True)
@@ -109,9 +110,26 @@ def measure(case: Case, by: list[Kernels], step: Step, copy: float) -> Measured:
     if is_chosen and step.part is None:
         function = compiled_unfused(step.compiler)
         attempt(f"torch.compile {found}", lambda: found.time("torch.compile", lambda op: op.compiled(function)))
+    if step.part is None and has_cudnn(step) and cudnn_operator.suits(*_kind(case)):
+        attempt(f"cuDNN {found}", lambda: time_cudnn(found))
     found.record(step, copy)
     found.operators.clear()
     return found
+
+
+def has_cudnn(step: Step) -> bool:
+    """Whether cuDNN's own operator can be measured."""
+    return step.device.type == "cuda" and importlib.util.find_spec("cudnn") is not None
+
+
+def _kind(case: Case) -> tuple[str, torch.dtype, str, bool]:
+    return case.site.kind, case.dtype, case.layout, case.training
+
+
+def time_cudnn(found: Measured) -> None:
+    """cuDNN's fused operator, which reads and writes the same tensors but for a mask of a byte an element."""
+    found.check("cuDNN", "cudnn")
+    found.time("cuDNN", lambda operator: operator.forward("cudnn"))
 
 
 def prepare(step: Step) -> None:
@@ -142,6 +160,8 @@ def main(arguments: list[str] | None = None) -> int:
             return 1
     copy = device.copy_bandwidth(1 << 22 if step.rehearse else None)
     print(f"a copy moves {copy / 1e9:.0f} GB/s", flush=True)
+    if not has_cudnn(step):
+        print("cuDNN's own BatchNorm + add + ReLU is not measured: no GPU, or nvidia-cudnn-frontend is not installed")
     reserve = 15 * len(step.variants)
     measured: list[Measured] = []
     failed: list[str] = []
