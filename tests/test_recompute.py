@@ -25,10 +25,10 @@ from resnet_fused import (
     functional,
     fuse,
     fusion_report,
-    memory,
     recompute,
     unfuse,
 )
+from resnet_fused.cli import memory
 from resnet_fused.measure import LiveMemory, SavedActivations
 from resnet_fused.ops import autograd, recomputation, streams
 

@@ -24,7 +24,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from resnet_fused import FusedBottleneck, functional, fuse, fusion_report, memory, recompute, unfuse
+from resnet_fused import FusedBottleneck, functional, fuse, fusion_report, recompute, unfuse
+from resnet_fused.cli import memory
 from resnet_fused.measure import LiveMemory, SavedActivations
 
 pytestmark = pytest.mark.usefixtures("one_thread")
