@@ -36,6 +36,7 @@ OPERATOR_TESTS ?= $(filter-out tests/test_cli.py tests/test_packaging.py tests/t
 # What runs on the emulated library: the tests of operators, autograd and modules, and those that need the emulator.
 EMULATED_TESTS ?= $(addprefix tests/test_,$(addsuffix .py,adversarial backend backward determinism emulated errors forward \
   functorch gradcheck launches layout modules opcheck torch_samples traffic))
+EMULATED_SAMPLE ?= 1/1
 # And again with blocks and warps in another order.
 ORDERS ?= 1 2 3
 ORDERED_TESTS ?= $(addprefix tests/test_,$(addsuffix .py,forward backward determinism))
@@ -141,7 +142,7 @@ emulated: $(BUILT)
 # One thread a process, two processes: launches of the tests are too small to share. The last runs are samples, for time.
 test-emulated: $(BUILT)
 	$(if $(HAVE_EMULATOR),$(BIN)/python tools/cuda_build.py --emulated $(EMULATED))
-	$(EMULATE) $(BIN)/python -m pytest -n 2 --backend emulated $(EMULATED_TESTS) $(ARGS)
+	$(EMULATE) $(BIN)/python -m pytest -n 2 --backend emulated --sample $(EMULATED_SAMPLE) $(EMULATED_TESTS) $(ARGS)
 	$(if $(HAVE_EMULATOR),for order in $(ORDERS); do CUDA_ON_CPU_SEED=$$order \
 	  $(EMULATE) $(BIN)/python -m pytest -n 2 -q -r f --backend emulated --sample $$order/5 $(ORDERED_TESTS) $(ARGS); done)
 
