@@ -7,8 +7,7 @@
 
 ``call``, ``call_alone``, ``add``, ``method`` and ``settle`` are those of :mod:`.deferred`, which decide at run time,
 module by module, what a call is. The rewriting knows no module: it only shows that a value which may wait is used once,
-and where.
-Everything else that the forward does, branches, loops, other calls and their order, stays the source's own.
+and where. Everything else that the forward does, branches, loops, other calls and their order, stays the source's own.
 
 Why the source, and not torch.fx or torch.export: a graph is what one run with one input did. It has no early return, no
 branch on a shape or on ``training``, and whatever a forward does beside its tensors ran once while it was traced; each

@@ -78,7 +78,7 @@ def _type(value, annotated: str, constant: bool) -> str:
 
 
 def _divisible(value) -> bool:
-    # The allocator of a GPU gives no less; of a fake tensor only the offset is known. Of numbers Triton is not to know.
+    # The allocator of a GPU gives no less; of a fake tensor only the offset is known. Numbers are not specialized.
     return isinstance(value, torch.Tensor) and value.storage_offset() * value.dtype.itemsize % 16 == 0
 
 
